@@ -1,0 +1,1 @@
+"""From a model and prompts to committed parts: models, plan, capture, statistics, pipeline. Imports torch."""

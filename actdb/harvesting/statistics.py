@@ -1,0 +1,174 @@
+"""Head statistics, computed on the device in the hook, in float32, before any rounding.
+
+Masses are means over the queries that have a target. For a weight w[q, k] of a prompt of n tokens t:
+first = w[q, 0], q ≥ 1; prev = w[q, q−1], q ≥ 1; self = w[q, q]; duplicate = Σ w[q, k] over k < q with t[k] = t[q];
+induction = Σ w[q, k] over 1 ≤ k ≤ q with t[k−1] = t[q]; entropy = −Σ w ln w (nats); mean_distance = Σ w·(q − k).
+Entropy, distance, max_weight and the norms are means over all queries, the first included.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformer_lens.hook_points import HookPoint
+
+from actdb.harvesting.capture import PaddedBatch
+
+PATTERN_COLUMNS = (
+    "entropy",
+    "first_mass",
+    "prev_mass",
+    "self_mass",
+    "duplicate_mass",
+    "induction_mass",
+    "mean_distance",
+    "max_weight",
+)
+NORM_COLUMNS = ("z_norm", "result_norm")
+
+
+class TokenTargets:
+    """Which keys of each query are earlier copies, or follow one: flat (batch, query) and key indices."""
+
+    def __init__(self, batch: PaddedBatch) -> None:
+        ids = batch.ids
+        n_batch, n = ids.shape
+        lengths = torch.tensor(batch.lengths, device=ids.device)
+        inside = torch.arange(n, device=ids.device) < lengths[:, None]
+        same = (ids[:, :, None] == ids[:, None, :]) & inside[:, :, None] & inside[:, None, :]  # [batch, query, key]
+        earlier = torch.tril(torch.ones(n, n, dtype=torch.bool, device=ids.device), diagonal=-1)
+        duplicate = same & earlier
+        induction = torch.zeros_like(duplicate)
+        induction[:, :, 1:] = duplicate[:, :, :-1]  # k follows k−1 < q, so k ≤ q
+        self.shape = (n_batch, n)
+        self.duplicate = duplicate.nonzero(as_tuple=True)
+        self.induction = induction.nonzero(as_tuple=True)
+        self.n_duplicate = duplicate.any(-1).sum(-1).to(torch.float64)
+        self.n_induction = induction.any(-1).sum(-1).to(torch.float64)
+        self.inside = inside
+        self.n_queries = lengths.to(torch.float64)
+
+    def mass(self, pattern: torch.Tensor, where: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Σ over the target keys and queries of each prompt: [batch, head, query, key] → [batch, head]."""
+        prompt, query, key = where
+        total = torch.zeros((self.shape[0], pattern.shape[1]), dtype=torch.float64, device=pattern.device)
+        return total.index_add_(0, prompt, pattern[prompt, :, query, key].to(torch.float64))
+
+
+def pattern_statistics(pattern: torch.Tensor, targets: TokenTargets) -> torch.Tensor:
+    """[batch, head, query, key] → [batch, head, column] in float64, columns as `PATTERN_COLUMNS`; NaN where null."""
+    weights = pattern.to(torch.float32)
+    n = weights.shape[-1]
+    inside = targets.inside[:, None, :]  # [batch, 1, query]
+    positions = torch.arange(n, device=weights.device, dtype=torch.float32)
+    entropy = torch.special.entr(weights).sum(-1)
+    total = weights.sum(-1)
+    distance = total * positions - weights @ positions
+    largest = weights.amax(-1)
+    diagonal = weights.diagonal(dim1=-2, dim2=-1)
+    previous = weights.diagonal(offset=-1, dim1=-2, dim2=-1)
+
+    def mean(values: torch.Tensor, count: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        summed = torch.where(valid, values, 0).sum(-1, dtype=torch.float64)
+        return summed / count[:, None]
+
+    every, later = targets.n_queries, targets.n_queries - 1
+    columns = [
+        mean(entropy, every, inside),
+        mean(weights[..., 1:, 0], later, inside[..., 1:]),
+        mean(previous, later, inside[..., 1:]),
+        mean(diagonal, every, inside),
+        targets.mass(weights, targets.duplicate) / targets.n_duplicate[:, None],
+        targets.mass(weights, targets.induction) / targets.n_induction[:, None],
+        mean(distance, every, inside),
+        mean(largest, every, inside),
+    ]
+    return torch.stack(columns, dim=-1)
+
+
+def z_statistics(z: torch.Tensor, targets: TokenTargets, gram: torch.Tensor | None) -> torch.Tensor:
+    """[batch, pos, head, d_head] → [batch, head, 2] in float64: means of ‖z‖ and ‖z W_O‖.
+
+    ‖z W_O‖² = z G zᵀ with the head's Gram matrix G = W_O W_Oᵀ [head, d_head, d_head]; NaN without one.
+    """
+    values = z.to(torch.float32)
+    norms = [values.norm(dim=-1)]
+    if gram is not None:
+        by_head = values.permute(2, 0, 1, 3)  # [head, batch, pos, d_head]
+        squared = ((by_head @ gram[:, None]) * by_head).sum(-1)
+        norms.append(squared.clamp_min(0).sqrt().permute(1, 2, 0))
+    else:
+        norms.append(torch.full_like(norms[0], torch.nan))
+    inside = targets.inside[:, :, None]
+    means = [torch.where(inside, n, 0).sum(1, dtype=torch.float64) / targets.n_queries[:, None] for n in norms]
+    return torch.stack(means, dim=-1)
+
+
+class HeadStatistics:
+    """Collects the head statistics of one part; `table` returns them as columns in (prompt, layer, head) order."""
+
+    def __init__(
+        self,
+        patterns: Mapping[int, HookPoint],
+        z_points: Mapping[int, HookPoint],
+        grams: Mapping[int, torch.Tensor],
+    ) -> None:
+        self._patterns, self._z_points, self._grams = patterns, z_points, grams
+        self._layers = sorted({*patterns, *z_points})
+        self._prompts: list[tuple[int, ...]] = []
+        self._values: list[npt.NDArray[np.float64]] = []
+
+    def hooks(
+        self, batch: PaddedBatch
+    ) -> tuple[list[tuple[HookPoint, Callable[[torch.Tensor], None]]], Callable[..., None]]:
+        """Return the hooks of a batch and a function that takes its prompt ids once it has run."""
+        targets = TokenTargets(batch)
+        seen: dict[tuple[int, str], torch.Tensor] = {}
+        hooks: list[tuple[HookPoint, Callable[[torch.Tensor], None]]] = []
+        for layer, point in self._patterns.items():
+
+            def on_pattern(tensor: torch.Tensor, layer: int = layer) -> None:
+                seen[layer, "pattern"] = pattern_statistics(tensor, targets)
+
+            hooks.append((point, on_pattern))
+        for layer, point in self._z_points.items():
+
+            def on_z(tensor: torch.Tensor, layer: int = layer) -> None:
+                seen[layer, "z"] = z_statistics(tensor, targets, self._grams.get(layer))
+
+            hooks.append((point, on_z))
+
+        def collect(prompt_ids: tuple[int, ...]) -> None:
+            widths = {"pattern": len(PATTERN_COLUMNS), "z": len(NORM_COLUMNS)}
+            layers = []
+            for layer in self._layers:
+                have = {kind: seen.get((layer, kind)) for kind in widths}
+                like = next(value for value in have.values() if value is not None)
+                filled = [
+                    like.new_full((*like.shape[:2], width), torch.nan) if have[kind] is None else have[kind]
+                    for kind, width in widths.items()
+                ]
+                layers.append(torch.cat(filled, dim=-1))  # type: ignore[arg-type]
+            self._prompts.append(prompt_ids)
+            self._values.append(torch.stack(layers, dim=1).cpu().numpy())  # [batch, layer, head, column]
+
+        return hooks, collect
+
+    def table(self) -> Any:
+        """Return a pyarrow table of everything collected, sorted by prompt, layer, head."""
+        import pyarrow as pa
+
+        prompts = np.concatenate([np.asarray(ids, np.int32) for ids in self._prompts])
+        values = np.concatenate(self._values)[np.argsort(prompts, kind="stable")].astype(np.float32)
+        n_prompts, n_layers, n_heads, _ = values.shape
+        columns: dict[str, Any] = {
+            "prompt_id": np.repeat(np.sort(prompts), n_layers * n_heads).astype(np.int32),
+            "layer": np.tile(np.repeat(np.asarray(self._layers, np.int32), n_heads), n_prompts),
+            "head": np.tile(np.arange(n_heads, dtype=np.int32), n_prompts * n_layers),
+        }
+        for i, name in enumerate((*PATTERN_COLUMNS, *NORM_COLUMNS)):
+            flat = values[..., i].reshape(-1)
+            columns[name] = pa.array(flat, mask=np.isnan(flat))
+        return pa.table(columns)

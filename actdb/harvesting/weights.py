@@ -1,0 +1,88 @@
+"""The weights kept with a run, under TransformerLens' names, so that analyses need no model.
+
+They lie in `weights/<sha256>/`, one safetensors file a layer and one for the rest. The folder is named by the hash of the
+weights, so runs of one model share it: hundreds of runs over the same weights keep them once.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from actdb.harvesting.models import Model
+from actdb.schema import FileRecord
+from actdb.storage.folder import Folder, file_record
+
+WEIGHTS = "weights"
+TIED = "W_U is the transpose of W_E"
+
+
+def weight_tensors(model: Model, layers: Sequence[int]) -> dict[str, dict[str, torch.Tensor]]:
+    """Return tensors by file name and TransformerLens name: the harvested layers, embeddings, final norm, unembedding.
+
+    Keys and values of grouped-query models are kept once a kv head, [kv_head, d_model, d_head].
+    """
+    tensors = _named_tensors(model)
+    files: dict[str, dict[str, torch.Tensor]] = {"rest": {}}
+    n_heads, n_kv = model.config["n_heads"], model.config["n_kv_heads"]
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        if parts[0] == "blocks" and len(parts) > 2 and parts[1].isdigit():
+            if int(parts[1]) not in layers:
+                continue
+            if parts[-1] in ("W_K", "W_V", "b_K", "b_V") and n_kv and n_heads != n_kv and len(tensor) == n_heads:
+                tensor = tensor[:: n_heads // n_kv]
+            files.setdefault(f"layer-{int(parts[1]):03d}", {})[name] = tensor
+        else:
+            files["rest"][name] = tensor
+    return {file: held for file, held in files.items() if held}
+
+
+def write_weights(
+    folder: Folder, sha256: str, files: Mapping[str, Mapping[str, torch.Tensor]]
+) -> tuple[FileRecord, ...]:
+    """Write the files that are not there yet, bfloat16 widened to float32; returns the records of all."""
+    from safetensors.torch import save
+
+    records = []
+    for file, tensors in sorted(files.items()):
+        name = f"{WEIGHTS}/{sha256}/{file}.safetensors"
+        kept, metadata = dict(tensors), {"format": "actdb"}
+        if _tied(kept):
+            del kept["unembed.W_U"]
+            metadata["tied"] = TIED
+        if not folder.exists(name):
+            folder.publish(name, save({key: _plain(value) for key, value in sorted(kept.items())}, metadata))
+        records.append(file_record(folder.inside(name), name))
+    return tuple(records)
+
+
+def output_grams(model: Model, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+    """Return W_O W_Oᵀ [head, d_head, d_head] of each layer whose output weights are known, in float32."""
+    tensors = _named_tensors(model)
+    grams = {}
+    for layer in layers:
+        weight = tensors.get(f"blocks.{layer}.attn.W_O")
+        if weight is not None and weight.ndim == 3:
+            wide = weight.to(model.device, torch.float32)
+            grams[layer] = wide @ wide.transpose(1, 2)
+    return grams
+
+
+def _named_tensors(model: Model) -> dict[str, torch.Tensor]:
+    """Return parameters by TransformerLens name where the model tells them, by their own names otherwise."""
+    if hasattr(model.module, "tl_named_parameters"):
+        return {name: tensor.detach() for name, tensor in model.module.tl_named_parameters()}
+    return {name: tensor.detach() for name, tensor in model.module.named_parameters()}
+
+
+def _tied(tensors: Mapping[str, torch.Tensor]) -> bool:
+    embed, unembed = tensors.get("embed.W_E"), tensors.get("unembed.W_U")
+    if embed is None or unembed is None or embed.T.shape != unembed.shape:
+        return False
+    return embed.data_ptr() == unembed.data_ptr() or bool(torch.equal(embed.T, unembed))
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    wide: Any = torch.float32 if tensor.dtype == torch.bfloat16 else tensor.dtype
+    return tensor.to("cpu", wide).contiguous().clone()

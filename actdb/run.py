@@ -1,0 +1,194 @@
+"""A run: one harvest of one model over one prompt set, as users hold it."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from actdb.errors import DamageError, SelectionError
+from actdb.schema import FileRecord, RunInfo, SiteSpec
+from actdb.selection.prompts import PromptIndex, read_prompt_index
+from actdb.selection.reader import SiteReader
+from actdb.selection.view import Selection, Source, site_error
+from actdb.storage.commits import RunSnapshot
+from actdb.storage.folder import Folder
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHT_GROUPS = ("", "embed.", "pos_embed.", "unembed.", "ln_final.")
+LAYER_GROUPS = ("", "attn.", "mlp.")
+TIED = {"unembed.W_U": "embed.W_E"}
+
+
+class Run:
+    """Read access to one run; `run["z"]` is a lazy selection of all stored values of a site."""
+
+    def __init__(self, folder: Folder, snapshot: RunSnapshot, matching: Callable[[str, str], Sequence[int]]) -> None:
+        self._folder = folder
+        self._snapshot = snapshot
+        self._matching = matching
+        self._readers: dict[str, SiteReader] = {}
+
+    @property
+    def name(self) -> str:
+        """The run's name, its key in every table."""
+        return self.info.name
+
+    @property
+    def info(self) -> RunInfo:
+        """What was planned and under which configuration."""
+        return self._snapshot.info
+
+    @property
+    def step(self) -> int | None:
+        """The training step that was given to the harvest."""
+        step = self.info.plan.get("step")
+        return None if step is None else int(step)
+
+    @property
+    def status(self) -> str:
+        """`complete`, or `partial` while parts are missing."""
+        return "complete" if self._snapshot.complete else "partial"
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the stored sites."""
+        return tuple(spec.name for spec in self.info.sites)
+
+    @property
+    def n_prompts(self) -> int:
+        """Prompts of the prompt set, stored or not."""
+        return self.info.n_prompts
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The harvested layers, by the model's numbers."""
+        return tuple(sorted({layer for spec in self.info.sites for layer in spec.layers}))
+
+    def __getitem__(self, site: str) -> Selection:
+        """Return everything stored of a site; raises `SiteError` with the sites that there are. Reads nothing."""
+        reader = self._readers.get(site)
+        if reader is None:
+            reader = self._readers.setdefault(site, SiteReader(self._folder, self.info, self._spec(site)))
+        return Selection(Source(reader, self._prompt_index, self._prompts_where, self.info.causal))
+
+    def __contains__(self, site: object) -> bool:
+        return site in self.sites
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sites)
+
+    def tokens(self, prompt: int) -> npt.NDArray[np.int32]:
+        """Return a prompt's token ids [pos], as the model saw them."""
+        self._prompts.check(prompt)
+        begin, end = self._token_starts[prompt : prompt + 2]
+        return np.asarray(self._tokens["token_id"][begin:end], np.int32)
+
+    def token_texts(self, prompt: int) -> list[str]:
+        """Return the text of each token of a prompt."""
+        self._prompts.check(prompt)
+        begin, end = self._token_starts[prompt : prompt + 2]
+        return [str(text) for text in self._tokens["token"][begin:end]]
+
+    def weight(self, name: str, *, layer: int | None = None, head: int | None = None) -> npt.NDArray[Any]:
+        """Return a stored weight under its TransformerLens name, such as `W_E`, `W_U`, or `W_O` of a layer and head.
+
+        Shapes: W_E [d_vocab, d_model], W_U [d_model, d_vocab], W_Q, W_K, W_V [head, d_model, d_head] (W_K, W_V by kv
+        head), W_O [head, d_head, d_model]. Norms are `ln1.w`, `ln_final.w` and so on. A copy in memory. Raises
+        `SelectionError` listing what there is.
+        """
+        file = "rest" if layer is None else f"layer-{layer:03d}"
+        record = next((r for r in self.info.files if r.path.endswith(f"/{file}.safetensors")), None)
+        if record is None:
+            raise SelectionError(f"no weights are stored for layer {layer}; run {self.name!r} has {self.layers}")
+        groups = WEIGHT_GROUPS if layer is None else tuple(f"blocks.{layer}.{group}" for group in LAYER_GROUPS)
+        value = self._read_weight(record, name, groups)
+        if head is None:
+            return value
+        if layer is None or value.ndim < 2 or not 0 <= head < len(value):
+            raise SelectionError(f"head {head}: weight {name!r} has heads 0 to {len(value) - 1}")
+        return np.asarray(value[head])
+
+    def weight_names(self, *, layer: int | None = None) -> tuple[str, ...]:
+        """Return the names of the stored weights of a layer, or of those outside the layers."""
+        file = "rest" if layer is None else f"layer-{layer:03d}"
+        records = [r for r in self.info.files if r.path.endswith(f"/{file}.safetensors")]
+        names = {key for record in records for key in _header(self._folder, record) if key != "__metadata__"}
+        return tuple(sorted(names))
+
+    def torch_weight(self, name: str, *, layer: int | None = None, head: int | None = None) -> "torch.Tensor":
+        """Return a stored weight as a CPU tensor; see `weight`."""
+        import torch
+
+        return torch.from_numpy(np.array(self.weight(name, layer=layer, head=head)))
+
+    def __repr__(self) -> str:
+        return f"<Run {self.name!r} {self.status}, {self.n_prompts} prompts, sites {', '.join(self.sites) or 'none'}>"
+
+    @cached_property
+    def _prompts(self) -> PromptIndex:
+        return read_prompt_index(self._folder, self.info, self._snapshot.parts)
+
+    def _prompt_index(self) -> PromptIndex:
+        return self._prompts
+
+    def _prompts_where(self, where: str) -> Sequence[int]:
+        return self._matching(self.name, where)
+
+    @cached_property
+    def _tokens(self) -> Mapping[str, Any]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        name = f"runs/{self.name}/tokens.parquet"
+        try:
+            table = pq.read_table(self._folder.inside(name), columns=["token_id", "token"])
+        except (FileNotFoundError, pa.ArrowException, OSError) as exc:
+            raise DamageError(f"{self._folder.path(name)} is missing or damaged; run the same harvest again") from exc
+        return {"token_id": table.column("token_id").to_numpy(), "token": table.column("token").to_pylist()}
+
+    @cached_property
+    def _token_starts(self) -> npt.NDArray[np.int64]:
+        return np.concatenate([[0], np.cumsum(self._prompts.n_tokens)])
+
+    def _spec(self, site: str) -> SiteSpec:
+        spec = self.info.site(site)
+        if spec is None:
+            raise site_error(self.name, site, self.sites)
+        return spec
+
+    def _read_weight(self, record: FileRecord, name: str, groups: Sequence[str]) -> npt.NDArray[Any]:
+        from safetensors import SafetensorError, safe_open
+
+        header = _header(self._folder, record)
+        candidates = [f"{group}{name}" for group in groups]
+        found = next((key for key in candidates if key in header), None)
+        transpose = False
+        if found is None and "tied" in header.get("__metadata__", {}):
+            found = next((TIED[key] for key in candidates if key in TIED), None)
+            transpose = found is not None
+        if found is None:
+            names = ", ".join(key for key in sorted(header) if key != "__metadata__")
+            raise SelectionError(f"run {self.name!r} has no weight {name!r} there; it has {names}")
+        try:
+            with safe_open(self._folder.inside(record.path), framework="numpy") as file:
+                value = file.get_tensor(found)
+        except (OSError, SafetensorError) as exc:
+            raise DamageError(f"{self._folder.path(record.path)} is damaged; run the same harvest again") from exc
+        return np.asarray(value.T if transpose else value)
+
+
+def _header(folder: Folder, record: FileRecord) -> dict[str, Any]:
+    """Read the JSON header of a safetensors file."""
+    try:
+        with open(folder.inside(record.path), "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > record.stored_bytes:
+                raise ValueError("header longer than the file")
+            return dict(json.loads(file.read(size)))
+    except (OSError, ValueError) as exc:
+        raise DamageError(f"{folder.path(record.path)} is missing or damaged; run the same harvest again") from exc

@@ -1,0 +1,72 @@
+"""Where each prompt of a run is stored, from `prompts.parquet`."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from actdb.errors import DamageError, SelectionError
+from actdb.schema import RunInfo, SiteSpec
+from actdb.storage.commits import RUNS
+from actdb.storage.folder import Folder
+
+COLUMNS = ("n_tokens", "part", "row_start", "n_rows", "entry_start", "n_entries")
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PromptIndex:
+    """Arrays by prompt_id; `stored` says whether the prompt's part was committed at the snapshot."""
+
+    run: str
+    n_tokens: Ints
+    part: Ints
+    row_start: Ints
+    n_rows: Ints
+    entry_start: Ints
+    n_entries: Ints
+    stored: npt.NDArray[np.bool_]
+    last_only: bool
+
+    def __len__(self) -> int:
+        return len(self.n_tokens)
+
+    def check(self, prompt_id: int) -> int:
+        """Return a prompt id that is stored, or raise `SelectionError` with the range."""
+        if not 0 <= prompt_id < len(self):
+            raise SelectionError(f"prompt {prompt_id}: run {self.run!r} has prompts 0 to {len(self) - 1}")
+        if not self.stored[prompt_id]:
+            raise SelectionError(f"prompt {prompt_id} of run {self.run!r} is not stored yet: the run is partial")
+        return prompt_id
+
+    def stored_ids(self) -> Ints:
+        """Return the ids of the stored prompts, ascending."""
+        return np.flatnonzero(self.stored)
+
+    def prompt_rows(self, spec: SiteSpec) -> Ints:
+        """Return the index of every prompt along a prompt-level site's axis: its place within its part."""
+        order = np.lexsort((self.row_start, self.part))
+        rank = np.empty(len(self), np.int64)
+        firsts = np.searchsorted(self.part[order], self.part[order])
+        rank[order] = np.arange(len(self)) - firsts
+        return rank + self.part * spec.capacity
+
+
+def read_prompt_index(folder: Folder, info: RunInfo, parts: tuple[int, ...]) -> PromptIndex:
+    """Read a run's prompt table; raises `DamageError` where it is missing or does not fit the run."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    name = f"{RUNS}/{info.name}/prompts.parquet"
+    try:
+        table = pq.read_table(folder.inside(name), columns=list(COLUMNS))
+        columns = [table.column(column).to_numpy().astype(np.int64) for column in COLUMNS]
+    except FileNotFoundError as exc:
+        raise DamageError(f"{folder.path(name)} is missing; run the same harvest again to repair it") from exc
+    except (pa.ArrowException, OSError, KeyError, ValueError) as exc:
+        raise DamageError(f"{folder.path(name)} is damaged; run the same harvest again to repair it") from exc
+    if len(columns[0]) != info.n_prompts:
+        raise DamageError(f"{folder.path(name)} is damaged: {len(columns[0])} prompts instead of {info.n_prompts}")
+    stored = np.isin(columns[1], np.asarray(parts, np.int64))
+    last_only = info.plan.get("positions") == "last"
+    return PromptIndex(info.name, *columns, stored=stored, last_only=last_only)

@@ -1,0 +1,146 @@
+"""Carrying a read plan out: shards opened once, chunks decoded into place, many chunks in threads."""
+
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+
+from actdb.errors import DamageError
+from actdb.schema import RunInfo, SiteSpec
+from actdb.selection.plan import ChunkRead
+from actdb.storage import arrays
+from actdb.storage.folder import Folder
+from actdb.storage.shards import ShardReader
+
+MAX_OPEN_SHARDS = 256
+THREADED_BYTES = 4 * 1024**2
+Feature = int | npt.NDArray[np.int64] | slice | None
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 2), "actdb-read")
+
+
+class SiteReader:
+    """Reads one site of one run; keeps up to 256 shards open. `n_reads` counts the chunks read so far."""
+
+    def __init__(self, folder: Folder, info: RunInfo, spec: SiteSpec) -> None:
+        self.spec = spec
+        self.n_reads = 0
+        self._folder, self._run = folder, info.name
+        self._shards: dict[int, ShardReader] = {}
+        self._lock = threading.Lock()
+        self._dtype = np.dtype(spec.dtype)
+        self._chunk_rows = spec.chunk_shape[spec.axis]
+        self._chunks_a_plane = spec.chunk_grid[spec.axis]
+
+    def read(
+        self, planes: Sequence[int], reads: Sequence[ChunkRead], n_rows: int, feature: Feature = None
+    ) -> npt.NDArray[np.generic]:
+        """Return [plane, row, …] for plane numbers and planned reads; `feature` picks from the last axis.
+
+        A single raw chunk comes as a read-only view of the mapped file. Raises `DamageError` naming the file.
+        """
+        if len(planes) == 1 and len(reads) == 1 and self.spec.codec == "raw":
+            view = self._view(planes[0], reads[0], feature)
+            if view is not None:
+                return view
+        out = np.empty((len(planes), n_rows, *self._feature_shape(feature)), self._dtype)
+        self.read_into(out, planes, reads, feature)
+        return out
+
+    def read_into(
+        self, out: npt.NDArray[np.generic], planes: Sequence[int], reads: Sequence[ChunkRead], feature: Feature = None
+    ) -> None:
+        """Fill `out` [plane, row, …] as planned; large reads go over threads."""
+        tasks = [(i, plane, read) for i, plane in enumerate(planes) for read in reads]
+        for read in reads:
+            self._shard(read.part)
+        if len(tasks) < 4 or out.nbytes < THREADED_BYTES:
+            scratch = self._scratch()
+            for i, plane, read in tasks:
+                self._read_chunk(out[i], plane, read, feature, scratch)
+            return
+
+        def run(share: list[tuple[int, int, ChunkRead]]) -> None:
+            scratch = self._scratch()
+            for i, plane, read in share:
+                self._read_chunk(out[i], plane, read, feature, scratch)
+
+        step = max(1, len(tasks) // (4 * _pool()._max_workers))
+        futures = [_pool().submit(run, tasks[i : i + step]) for i in range(0, len(tasks), step)]
+        for future in futures:
+            future.result()
+
+    def _read_chunk(
+        self,
+        out: npt.NDArray[np.generic],
+        plane: int,
+        read: ChunkRead,
+        feature: Feature,
+        scratch: npt.NDArray[np.generic],
+    ) -> None:
+        shard = self._shards.get(read.part) or self._shard(read.part)
+        chunk = plane * self._chunks_a_plane + read.row_chunk
+        self.n_reads += 1
+        if feature is None and read.counts[0] == self._chunk_rows:
+            target = read.targets[0]
+            shard.read(chunk, out[target : target + self._chunk_rows])
+            return
+        view = shard.view(chunk)
+        if view is None:
+            shard.read(chunk, scratch)
+            values = scratch
+        else:
+            values = view.reshape(scratch.shape)
+        if feature is not None:
+            values = values[..., feature]
+        if len(read.counts) > 8:
+            out[_expand(read.targets, read.counts)] = values[_expand(read.sources, read.counts)]
+            return
+        for source, target, count in zip(read.sources, read.targets, read.counts, strict=True):
+            out[target : target + count] = values[source : source + count]
+
+    def _view(self, plane: int, read: ChunkRead, feature: Feature) -> npt.NDArray[np.generic] | None:
+        if len(read.counts) != 1:
+            return None
+        view = self._shard(read.part).view(plane * self._chunks_a_plane + read.row_chunk)
+        if view is None:
+            return None
+        self.n_reads += 1
+        rows = view.reshape((self._chunk_rows, *self.spec.feature))[read.sources[0] : read.sources[0] + read.counts[0]]
+        return (rows if feature is None else rows[..., feature])[None]
+
+    def _scratch(self) -> npt.NDArray[np.generic]:
+        return np.empty((self._chunk_rows, *self.spec.feature), self._dtype)
+
+    def _feature_shape(self, feature: Feature) -> tuple[int, ...]:
+        if feature is None:
+            return self.spec.feature
+        return np.empty(self.spec.feature, np.bool_)[..., feature].shape
+
+    def _shard(self, part: int) -> ShardReader:
+        with self._lock:
+            shard = self._shards.get(part)
+            if shard is None:
+                name = arrays.shard_name(self._run, self.spec, part)
+                try:
+                    shard = ShardReader(self._folder.inside(name), self.spec)
+                except PermissionError as exc:
+                    raise DamageError(f"{self._folder.path(name)} cannot be read: permission denied") from exc
+                if len(self._shards) >= MAX_OPEN_SHARDS:
+                    del self._shards[next(iter(self._shards))]
+                self._shards[part] = shard
+            return shard
+
+
+def _expand(starts: Sequence[int], counts: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Return the indices of several ranges, one after the other."""
+    first, length = np.asarray(starts, np.int64), np.asarray(counts, np.int64)
+    ends = np.cumsum(length)
+    return np.arange(int(ends[-1])) + np.repeat(first - (ends - length), length)

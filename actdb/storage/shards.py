@@ -1,0 +1,160 @@
+"""Zarr v3 shards, written and read directly.
+
+A shard is the chunks that exist, one after the other in the order in which they were written, then the index: offset
+and size of each chunk of the shard's grid (2⁶⁴−1 twice where absent), and the index's CRC-32C. This is the standard
+`sharding_indexed` layout with `index_location: end`, so any Zarr v3 reader opens it; the tests hold the two readers and
+the two writers against each other.
+"""
+
+import os
+import threading
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from actdb.errors import DamageError
+from actdb.schema import FileRecord, SiteSpec
+from actdb.storage import codecs
+
+ABSENT = np.uint64(2**64 - 1)
+INDEX_ENTRY = np.dtype([("offset", "<u8"), ("nbytes", "<u8")])
+
+
+def index_bytes(n_chunks: int) -> int:
+    """Return the size of a shard's index with its checksum."""
+    return n_chunks * INDEX_ENTRY.itemsize + codecs.CRC_BYTES
+
+
+class ShardWriter:
+    """Writes one shard front to back; `finish` adds the index and syncs."""
+
+    def __init__(self, path: Path, n_chunks: int) -> None:
+        self.path = path
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by finish or abandon
+        self._index = np.full(n_chunks, ABSENT, dtype=[("offset", "<u8"), ("nbytes", "<u8")])
+        self._offset = 0
+
+    def write(self, chunk: int, payload: bytes, crc: bytes) -> None:
+        """Append an encoded chunk; `chunk` is its C-order number in the shard's chunk grid."""
+        size = len(payload) + len(crc)
+        written = os.writev(self._file.fileno(), (payload, crc))
+        if written != size:  # a nearly full disk may take a part: the next write then says so
+            rest = (payload + crc)[written:]
+            while rest:
+                rest = rest[self._file.write(rest) or 0 :]
+        self._index[chunk] = (self._offset, size)
+        self._offset += size
+
+    def finish(self, name: str) -> FileRecord:
+        """Write the index, sync, close; returns the record that a commit keeps under `name`."""
+        index = self._index.tobytes()
+        crc = google_crc32c.value(index)
+        self._file.write(index + crc.to_bytes(codecs.CRC_BYTES, "little"))
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return FileRecord(name, self._offset + len(index) + codecs.CRC_BYTES, crc)
+
+    def abandon(self) -> None:
+        """Close without an index; the file is left to its owner to remove."""
+        self._file.close()
+
+
+class ShardReader:
+    """Reads chunks of one shard; the index is read and checked once, the file stays open.
+
+    Safe to use from several threads. Raises `DamageError` naming the file for anything that does not check out.
+    """
+
+    def __init__(self, path: str, spec: SiteSpec) -> None:
+        self.path = path
+        self._spec = spec
+        self._itemsize = np.dtype(spec.dtype).itemsize
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as exc:
+            raise DamageError(f"{path} is missing; run the same harvest again to repair it") from exc
+        self._size = os.fstat(self._descriptor).st_size
+        self._index = self._read_index()
+        self._map: np.memmap[tuple[int], np.dtype[np.uint8]] | None = None
+        self._checked: set[int] = set()
+        self._lock = threading.Lock()
+
+    def __del__(self) -> None:
+        descriptor = getattr(self, "_descriptor", None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    @property
+    def index_crc32c(self) -> int:
+        """The index's checksum, which a commit keeps."""
+        return int(google_crc32c.value(self._index.tobytes()))
+
+    def chunk_numbers(self) -> npt.NDArray[np.int64]:
+        """Return the C-order numbers of the chunks that exist."""
+        return np.flatnonzero(self._index["offset"] != ABSENT)
+
+    def read(self, chunk: int, out: npt.NDArray[np.generic]) -> None:
+        """Decode a chunk into a C-contiguous array of the chunk's shape; an absent chunk reads as zeros."""
+        stored = self._stored(chunk)
+        if stored is None:
+            out[...] = 0
+            return
+        try:
+            codecs.decode(stored, self._spec.codec, out)
+        except ValueError as exc:
+            raise self._damage(f"chunk {chunk} does not decode ({exc})") from exc
+
+    def view(self, chunk: int) -> npt.NDArray[np.generic] | None:
+        """Return a raw chunk as a read-only view of the mapped file, its checksum verified at the first touch.
+
+        None where the chunk is absent or the codec is not `raw`.
+        """
+        if self._spec.codec != "raw":
+            return None
+        offset, size = self._extent(chunk)
+        if size == 0:
+            return None
+        if chunk not in self._checked:
+            self._stored(chunk)
+            self._checked.add(chunk)
+        if self._map is None:
+            self._map = np.memmap(self.path, mode="r")
+        payload = self._map[offset : offset + size - codecs.CRC_BYTES]
+        return np.asarray(payload).view(self._spec.dtype).reshape(self._spec.chunk_shape)
+
+    def check(self, chunk: int) -> None:
+        """Verify a chunk's checksum."""
+        self._stored(chunk)
+
+    def _extent(self, chunk: int) -> tuple[int, int]:
+        """Return a chunk's offset and size, (0, 0) where it is absent."""
+        entry = self._index[chunk]
+        if entry["offset"] == ABSENT:
+            return 0, 0
+        return int(entry["offset"]), int(entry["nbytes"])
+
+    def _stored(self, chunk: int) -> bytes | None:
+        offset, size = self._extent(chunk)
+        if size == 0:
+            return None
+        stored = os.pread(self._descriptor, size, offset)
+        if len(stored) != size or not codecs.checksum_matches(stored):
+            raise self._damage(f"chunk {chunk} does not match its checksum")
+        return stored
+
+    def _read_index(self) -> npt.NDArray[np.void]:
+        need = index_bytes(self._spec.n_chunks)
+        tail = os.pread(self._descriptor, need, max(self._size - need, 0))
+        if len(tail) != need or not codecs.checksum_matches(tail):
+            raise self._damage("its chunk index is truncated or altered")
+        index = np.frombuffer(tail, INDEX_ENTRY, count=self._spec.n_chunks)
+        present = index[index["offset"] != ABSENT]
+        ends = present["offset"] + present["nbytes"]
+        if (present["nbytes"] > self._size).any() or (ends > self._size).any():
+            raise self._damage("its chunk index points outside the file")
+        return index
+
+    def _damage(self, what: str) -> DamageError:
+        return DamageError(f"{self.path} is damaged: {what}; run the same harvest again to repair it")
