@@ -4,7 +4,7 @@
 arrays. Importing this package imports neither torch nor zarr nor duckdb; each is imported when it is first needed.
 """
 
-from actdb.database import Database, Run, harvest, open, save_model
+from actdb.database import Database, harvest, open, save_model
 from actdb.errors import (
     ActdbError,
     DamageError,
@@ -20,6 +20,7 @@ from actdb.errors import (
     SqlError,
     WriteError,
 )
+from actdb.run import Run
 from actdb.selection.streams import Block
 from actdb.selection.view import Selection
 from actdb.version import __version__

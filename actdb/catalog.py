@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from actdb.errors import DamageError, SqlError
+from actdb.errors import DamageError, SettingError, SqlError
 from actdb.schema import Commit, FileRecord, SiteSpec, digest
 from actdb.storage.commits import RUNS, TABLES, RunSnapshot, Snapshot, read_commit, table_name, take_snapshot
 from actdb.storage.folder import Folder
@@ -43,6 +43,7 @@ _FILES = (
     " JOIN (SELECT unnest($files) AS _file, unnest($owners) AS owner) s USING (_file)"
 )
 _WAL_SUFFIXES = (".wal", ".wal.checkpoint", ".wal.recovery")
+_USABLE_NAME = re.compile(r"\w[\w.-]{0,99}")
 _CHECKSUMMED = re.compile(r"-([0-9a-f]{8})\.parquet")
 _NUMERIC = re.compile(r"U?(TINY|SMALL|BIG|HUGE)?INT(EGER)?|FLOAT|DOUBLE|DECIMAL\(.*\)")
 _PLAIN_TYPE = re.compile(r"[A-Z][A-Z0-9_ ]*(\(\d+, ?\d+\))?(\[\])*")
@@ -597,10 +598,11 @@ class _Builder:
         """Insert prompt sets that have the same labels; a label is found by its place, since names may clash."""
         targets = ["prompt_set", "prompt_id", "text"]
         values = ["s.owner", "t.prompt_id", "t.text"]
-        for place, (label, _) in enumerate(layout, 1):
+        for place, (label, stored) in enumerate(layout, 1):
             column, kind = columns[label]
             targets.append(quote(column))
-            values.append(f"CAST(struct_extract_at(t.labels, {place}) AS {kind})")
+            value = f"struct_extract_at(t.labels, {place})"
+            values.append("NULL" if stored == _NULL_TYPE else f"CAST({value} AS {kind})")
         query = f"INSERT INTO prompts ({', '.join(targets)}) SELECT {', '.join(values)} FROM {_FILES}"
         self._load(query, {path: s for s, path in paths.items()})
 
@@ -627,6 +629,7 @@ class _Builder:
                 files.setdefault(table.name, {})[path] = run
         for name, owners in files.items():
             self._load(f"INSERT INTO {name} SELECT {_selected(name)} FROM {_FILES}", owners)
+        self.connection.execute("DROP TABLE temp.fresh")
 
     def _load(self, query: str, owners: Mapping[str, str]) -> None:
         """Run an INSERT from Parquet files; `owners` names each path's run or prompt set."""
@@ -767,6 +770,16 @@ def _user_names(names: Iterable[str]) -> dict[str, str]:
     return {name: distinct.get(name, name) for name in added}
 
 
+def check_table_name(name: str) -> None:
+    """Raise `SettingError` unless an added table may have this name: no built-in one, and usable as a folder's."""
+    if _fold(name) in map(_fold, _TABLES):
+        raise SettingError(f"{name!r} is a built-in table; choose another name than {', '.join(_TABLES)}")
+    if not _USABLE_NAME.fullmatch(name):
+        raise SettingError(
+            f"table name {name!r} is not usable: up to 100 letters, digits and _ . -, not starting with . or -"
+        )
+
+
 def _named_records(folder: Folder, name: str) -> list[FileRecord]:
     """Return the record that an added table's file carries in its name, its size unknown."""
     match = _CHECKSUMMED.search(name)
@@ -857,9 +870,11 @@ def check_select(query: str, connection: "duckdb.DuckDBPyConnection | None" = No
 def _statement_kinds(connection: "duckdb.DuckDBPyConnection", query: str) -> list[str]:
     import duckdb
 
+    if _printable(query) != query:
+        raise SqlError("the query is not valid Unicode text")
     try:
         return [str(statement.type.name) for statement in connection.extract_statements(query)]
-    except (duckdb.Error, UnicodeError) as exc:
+    except duckdb.Error as exc:
         raise SqlError(one_line(exc)) from exc
 
 
@@ -896,7 +911,7 @@ def _reading(connection: "duckdb.DuckDBPyConnection") -> Iterator["duckdb.DuckDB
         reader.execute("BEGIN TRANSACTION READ ONLY")
         yield reader
         reader.execute("COMMIT")
-    except (duckdb.Error, UnicodeError) as exc:
+    except duckdb.Error as exc:
         raise SqlError(one_line(exc)) from exc
 
 
@@ -946,5 +961,5 @@ def words(connection: "duckdb.DuckDBPyConnection") -> list[str]:
 
 def one_line(exc: BaseException) -> str:
     """Return DuckDB's message with its suggestions on one line, without the excerpt of the query."""
-    message = re.split(r"\n\s*\n?LINE \d+:", str(exc), maxsplit=1)[0]
+    message = re.split(r"\n\s*LINE \d+:|\n\s*Stack Trace:", str(exc), maxsplit=1)[0]
     return " ".join(message.split())[:500]

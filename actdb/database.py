@@ -75,9 +75,9 @@ def harvest(
 ) -> Run:
     """Run a model over prompts once and store its activations; returns the run.
 
-    `model` is a name, a folder, or an `nn.Module` with TransformerLens HookPoints and a `cfg`; `prompts` a .jsonl, .txt,
-    .csv or .parquet file, or dicts with "text" or "tokens" and labels. `out` defaults to the model's short name with
-    `.actdb`. Calling again with the same arguments resumes an interrupted run, checks a complete one against its
+    `model` is a name, a folder, or an `nn.Module` with TransformerLens HookPoints and a `cfg`; `prompts` is a .jsonl,
+    .txt, .csv or .parquet file, or dicts with "text" or "tokens" and labels. `out` defaults to the model's short name
+    with `.actdb`. Calling again with the same arguments resumes an interrupted run, checks a complete one against its
     checksums and recomputes damaged parts.
 
     `sites` are names of activations (default: those of resid_post, z, pattern, mlp_post that the model has; "none" for
@@ -196,6 +196,11 @@ class Database:
         """
         with self._lock:
             return catalog.run_query(self._connect(), query, parameters)
+
+    def sql_words(self) -> list[str]:
+        """Return the words that an SQL shell may complete: keywords, tables, columns, functions."""
+        with self._lock:
+            return catalog.words(self._connect())
 
     def verify(self) -> list[verify.Damage]:
         """Check every stored byte against its checksum; returns what is damaged, [] where all is well."""

@@ -193,6 +193,7 @@ def _make_plan(
         "step": settings.step,
         "hooks_id": settings.hooks_id,
         "prompt_set": prompts.prompt_set,
+        "n_tokens": int(tokens.lengths.sum()),
         "tokens_sha256": digest([tokens.ids.tolist(), tokens.starts.tolist()]),
         "bos": bool(settings.bos and model.tokenizer is not None),
         "max_length": settings.max_length,

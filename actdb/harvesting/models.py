@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformer_lens.hook_points import HookPoint
@@ -80,7 +80,7 @@ def load_model(
         return _from_module(source, tokenizer=load_tokenizer(tokenizer), processing=processing)
     folder = Path(source)
     if native.is_native_folder(folder):
-        bridge = (
+        bridge: torch.nn.Module = (
             native.load_native(folder, dtype=DTYPES[dtype], device=place)
             if random_init is None
             else native.random_native(folder, random_init, dtype=DTYPES[dtype], device=place)
@@ -130,7 +130,7 @@ def weights_sha256(model: Model) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().to("cpu").contiguous()
         content.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        content.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+        content.update(tensor.flatten().view(torch.uint8).numpy().data)
     content.update(repr(sorted(model.processing.items())).encode())
     return content.hexdigest()
 
@@ -182,7 +182,7 @@ def _process(module: torch.nn.Module, processing: str) -> dict[str, Any]:
         raise SettingError(f"--processing folded: {type(module).__name__} has no enable_compatibility_mode")
     elif not getattr(module, "compatibility_mode", False):
         try:
-            module.enable_compatibility_mode(disable_warnings=True)
+            cast(Any, module).enable_compatibility_mode(disable_warnings=True)
         except (NotImplementedError, ValueError, RuntimeError, KeyError, AttributeError) as exc:
             raise ModelError(
                 f"this model's weights cannot be folded: {_first_line(exc)}; use --processing raw"
@@ -246,7 +246,7 @@ def _from_transformers(
     from transformer_lens.model_bridge.sources.transformers.helpers import get_hf_model_class_for_architecture
     from transformer_lens.tools.model_registry.registry_io import resolve_model_alias
 
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     local = Path(source).is_dir()
     if not local and not _looks_like_hub_name(source):
         raise ModelError(f"model {source}: no such folder, and not the name of a model")

@@ -17,7 +17,7 @@ TOP = re.compile(r"topk:([1-9]\d*)")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that decides what a harvest stores, apart from model and prompts; None means the documented default."""
+    """Everything that decides what a harvest stores, apart from model and prompts; None means the default."""
 
     run: str | None = None
     step: int | None = None

@@ -104,7 +104,7 @@ def probe(model: Model, names: Sequence[str] | None, *, layers: Sequence[int] | 
 
 def attach(stack: ExitStack, point: HookPoint, function: Any) -> None:
     """Add a hook to a point for as long as the stack is open."""
-    handle = point.add_hook(function)
+    handle: Any = point.add_hook(function)
     stack.callback(lambda: getattr(handle, "hook", handle).remove())
 
 
@@ -142,7 +142,7 @@ def _points(model: Model, name: str, layers: tuple[int, ...]) -> dict[int | None
         hook = MODEL_SITES[name]
         return {None: model.hook_points[hook]} if hook in model.hook_points else {}
     suffix = LAYER_SITES.get(name, name)
-    by_layer: dict[int | None, HookPoint] = {**_present(model, suffix, layers)}
+    by_layer: dict[int | None, HookPoint] = dict(_present(model, suffix, layers).items())
     if by_layer or name in LAYER_SITES:
         return by_layer
     return {None: model.hook_points[name]} if name in model.hook_points else {}

@@ -5,7 +5,7 @@ weights, so runs of one model share it: hundreds of runs over the same weights k
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -72,7 +72,7 @@ def output_grams(model: Model, layers: Sequence[int]) -> dict[int, torch.Tensor]
 def _named_tensors(model: Model) -> dict[str, torch.Tensor]:
     """Return parameters by TransformerLens name where the model tells them, by their own names otherwise."""
     if hasattr(model.module, "tl_named_parameters"):
-        return {name: tensor.detach() for name, tensor in model.module.tl_named_parameters()}
+        return {name: tensor.detach() for name, tensor in cast(Any, model.module).tl_named_parameters()}
     return {name: tensor.detach() for name, tensor in model.module.named_parameters()}
 
 

@@ -143,4 +143,4 @@ def _expand(starts: Sequence[int], counts: Sequence[int]) -> npt.NDArray[np.int6
     """Return the indices of several ranges, one after the other."""
     first, length = np.asarray(starts, np.int64), np.asarray(counts, np.int64)
     ends = np.cumsum(length)
-    return np.arange(int(ends[-1])) + np.repeat(first - (ends - length), length)
+    return np.asarray(np.arange(int(ends[-1])) + np.repeat(first - (ends - length), length), np.int64)

@@ -160,7 +160,8 @@ class Selection:
         if self._is_pattern or "prompt" in self._source.spec.dims:
             raise SelectionError(f"site {self._source.spec.name!r} has no position of each row; see dims")
         ends = np.cumsum(rows.counts)
-        return np.arange(int(rows.counts.sum())) + np.repeat(rows.first_pos - (ends - rows.counts), rows.counts)
+        places = np.arange(int(rows.counts.sum())) + np.repeat(rows.first_pos - (ends - rows.counts), rows.counts)
+        return np.asarray(places, np.int64)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -343,8 +344,8 @@ class Selection:
             chosen = self._positions([operator.index(pos)])[:, 0]
             return Rows(starts + chosen - first, np.ones_like(ids), ids, chosen, single)
         if isinstance(pos, slice):
-            wanted = [range(int(n))[pos] for n in self._lengths]
-            wanted = [[p for p in r if p >= f] for r, f in zip(wanted, first.tolist(), strict=True)]
+            spans = zip(self._lengths.tolist(), first.tolist(), strict=True)
+            wanted = [[p for p in range(n)[pos] if p >= begin] for n, begin in spans]
         else:
             wanted = self._positions(_whole("pos", pos)).tolist()
         owner = np.repeat(np.arange(len(ids)), [len(w) for w in wanted])
@@ -448,8 +449,8 @@ def _padded(
     n_queries = () if rank == 1 else (max(square.shape[-2] for square in squares),)
     out = np.full((*planes, len(squares), *n_queries, longest), np.nan, dtype)
     for i, square in enumerate(squares):
-        inner = tuple(slice(extent) for extent in square.shape[len(planes) :])
-        out[(*(slice(None) for _ in planes), i, *inner)] = square
+        inner = [slice(extent) for extent in square.shape[len(planes) :]]
+        out[(*[slice(None)] * len(planes), i, *inner)] = square
     return out
 
 

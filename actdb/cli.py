@@ -1,0 +1,357 @@
+"""The command line: parse, call, print. Data goes to stdout, progress and notes to stderr."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from actdb.errors import ActdbError
+from actdb.output import emit, output_options
+from actdb.version import __version__
+
+DATABASE = click.argument("database", type=click.Path(path_type=Path))
+RUN = click.option("--run", metavar="NAME", help="The run; default: the only or newest one.")
+
+
+class Group(click.Group):
+    """Commands in the order in which they are defined."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the command names as they were added."""
+        return list(self.commands)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="actdb")
+def cli() -> None:
+    """Harvest a language model once; then every question about its activations is a query.
+
+    \b
+    actdb harvest gpt2-small prompts.jsonl        -> gpt2-small.actdb/
+    actdb info gpt2-small.actdb
+    actdb sql gpt2-small.actdb "SELECT layer, head, avg(entropy) FROM head_stats GROUP BY ALL"
+    actdb slice gpt2-small.actdb z --layer 1 --head 5 --prompt 17 -o z.npy
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; an `ActdbError` is one line on stderr and exit code 1."""
+    try:
+        code = cli.main(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+    except click.ClickException as exc:
+        exc.show()
+        sys.exit(exc.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; run the same command to go on", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader went away: nothing to say, also not at exit
+        sys.exit(0)
+    except ActdbError as exc:
+        click.echo(f"actdb: {' '.join(str(exc).split())}", err=True)
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+class Integers(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
+    """Layers and the like: `3`, `0,5,7`, or `0-5`."""
+
+    name = "ints"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a tuple of numbers."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers: list[int] = []
+            for word in str(value).split(","):
+                first, dash, last = word.strip().partition("-")
+                numbers += range(int(first), int(last) + 1) if dash else [int(first)]
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as 3 or 0,5,7 or 0-5", param, ctx)
+        return tuple(numbers)
+
+
+class IndexType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
+    """An index: `3` or `-1` drops the axis, `0,2,5` and `0:6` keep it."""
+
+    name = "index"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return an int, a slice or a list of ints."""
+        if not isinstance(value, str):
+            return value
+        try:
+            if ":" in value:
+                return slice(*(int(word) if word.strip() else None for word in value.split(":")))
+            if "," in value:
+                return [int(word) for word in value.split(",")]
+            return int(value)
+        except (TypeError, ValueError):
+            self.fail(
+                f"{value!r} is not an index: give a number, a list such as 0,2,5 or a range such as 0:6", param, ctx
+            )
+
+
+class WorkerType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
+    """A worker's share: `I/N`."""
+
+    name = "I/N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return (I, N)."""
+        try:
+            index, _, number = str(value).partition("/")
+            return int(index), int(number)
+        except ValueError:
+            self.fail(f"{value!r} is not of the form I/N, such as 0/2", param, ctx)
+
+
+def comma_separated(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """Split a comma-separated option; "none" is the empty list."""
+    if value is None:
+        return None
+    names = tuple(name.strip() for name in value.split(",") if name.strip())
+    return () if names == ("none",) else names
+
+
+@cli.command(context_settings={"show_default": True})
+@click.argument("model")
+@click.argument("prompts", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--out", metavar="DB", type=click.Path(path_type=Path), help="The database; default: MODEL.actdb here."
+)
+@click.option("--run", metavar="NAME", help="The run's name; default: the model's, with seed and step.")
+@click.option("--step", type=int, help="Training step, recorded and appended to the run's name.")
+@click.option("--random-init", type=int, metavar="SEED", help="Fresh weights of the same architecture: a control.")
+@click.option("--tokenizer", metavar="NAME|FOLDER", help="A tokenizer; default: the model's own.")
+@click.option("--no-bos", "bos", flag_value=False, default=True, show_default=False, help="Do not prepend the tokenizer's BOS.")
+@click.option(
+    "--sites",
+    metavar="A,B|none",
+    help="Sites to store; default: those of resid_post,z,pattern,mlp_post that the model has. none: statistics only.",
+)
+@click.option("--layers", type=Integers(), metavar="0-5,8", help="Layers to store; default: all.")
+@click.option("--positions", default="all", metavar="all|last", help="Store every position, or each prompt's last.")
+@click.option(
+    "--pattern",
+    default="full",
+    metavar="full|topk:N|none",
+    help="Attention patterns: packed whole, the N largest weights of each query, or none.",
+)
+@click.option(
+    "--stats",
+    callback=comma_separated,
+    metavar="heads|none",
+    help="Statistics to compute; default: heads where the model has attention.",
+)
+@click.option("--dtype", metavar="float32|float16|bfloat16", help="What the model computes in; default: float32.")
+@click.option("--store", metavar="float16|float32", help="What is kept; default: float16, float32 for bfloat16 models.")
+@click.option(
+    "--codec", default="lz4", metavar="lz4|raw", help="lz4: Blosc with bit-shuffling. raw: plain bytes, memory-mapped."
+)
+@click.option(
+    "--precision", type=int, metavar="BITS", help="Round to this many mantissa bits first; the error is recorded."
+)
+@click.option("--max-length", type=int, metavar="N", help="Cut prompts at N tokens; default: the model's context.")
+@click.option("--strict", is_flag=True, help="Refuse prompts that are too long instead of cutting them.")
+@click.option(
+    "--batch-tokens", type=int, metavar="N", help="Padded tokens of a batch; default: 2048 on a CPU, 16384 on a GPU."
+)
+@click.option("--part-tokens", type=int, metavar="N", help="Tokens of a part; default: about 1 GiB, or 30 s on a CPU.")
+@click.option("--worker", type=WorkerType(), metavar="I/N", help="Take every N-th part from the I-th (from 0).")
+@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU where there is one.")
+@click.option(
+    "--processing",
+    default="raw",
+    metavar="raw|folded",
+    help="Weights as they are, or LayerNorm folded and weights centred.",
+)
+@click.option("--dry-run", is_flag=True, help="Print rows, bytes of each site and free disk; write nothing.")
+def harvest(model: str, prompts: Path, out: Path | None, dry_run: bool, **options: Any) -> None:
+    """Run MODEL over PROMPTS once and store its activations.
+
+    MODEL is a name, a Hugging Face folder, or a TransformerLens-native folder; PROMPTS a .jsonl, .txt, .csv or .parquet
+    file. Safe to kill: the same command goes on where it stopped, and checks and repairs a complete run.
+
+    \b
+    actdb harvest gpt2-small prompts.jsonl
+    actdb harvest ./checkpoint-500 prompts.jsonl --step 500 -o training.actdb
+    actdb harvest gpt2-small prompts.jsonl --random-init 0 --sites none
+    """
+    click.echo("loading ...", err=True)
+    from actdb.harvesting.harvest import plan_harvest, run_harvest
+    from actdb.harvesting.report import progress_bar, summary
+    from actdb.harvesting.settings import Settings, parse_sites
+
+    options["sites"] = parse_sites(options["sites"])
+    planned = plan_harvest(model, prompts, Settings(**options))
+    path = out if out is not None else Path(f"{planned.model.name}.actdb")
+    if dry_run:
+        click.echo(summary(planned, path))
+        return
+    click.echo(summary(planned, path), err=True)
+    with progress_bar() as progress:
+        run_harvest(planned, path, progress=progress)
+    click.echo(f"{path}: run {planned.info.name} " + _run_state(path, planned.info.name), err=True)
+
+
+@cli.command()
+@DATABASE
+@output_options
+def info(database: Path, format: str | None, output: Path | None) -> None:
+    """List the runs of a database: what was harvested, how much of it is there, and its size."""
+    from actdb.info import run_rows
+
+    with _open(database) as db:
+        columns, rows = run_rows(db)
+        if not rows:
+            click.echo(f"{database} holds no runs yet", err=True)
+        emit(columns, rows, format, output)
+        for message in db.snapshot.damaged.values():
+            click.echo(message, err=True)
+
+
+@cli.command()
+@DATABASE
+@RUN
+@output_options
+def sites(database: Path, run: str | None, format: str | None, output: Path | None) -> None:
+    """List the stored sites of a run: axes, shape, dtype, bytes, largest rounding error."""
+    with _open(database) as db:
+        query = "SELECT * EXCLUDE (run) FROM sites WHERE run = ?"
+        result = db.sql(query, [db.run(run).name])
+        emit(result.columns, result.arrow(), format, output)
+
+
+@cli.command()
+@DATABASE
+@click.argument("query", required=False)
+@click.option("--schema", is_flag=True, help="Describe every table and column instead.")
+@output_options
+def sql(database: Path, query: str | None, schema: bool, format: str | None, output: Path | None) -> None:
+    """Answer an SQL QUERY over statistics, prompts, tokens and results; without one, start a shell.
+
+    QUERY may be - to read it from standard input. Only reads: nothing is changed, no other file is touched.
+
+    \b
+    actdb sql DB "SELECT layer, head, avg(entropy) e FROM head_stats GROUP BY ALL ORDER BY e LIMIT 10"
+    actdb sql DB "SELECT category, count(*) FROM prompts GROUP BY ALL" --format json
+    """
+    from actdb import catalog
+
+    if schema:
+        click.echo(catalog.schema_text())
+        return
+    with _open(database) as db:
+        if query is None and sys.stdin.isatty():
+            from actdb.shell import run_shell
+
+            run_shell(db.sql, db.sql_words())
+            return
+        result = db.sql(click.get_text_stream("stdin").read() if query in (None, "-") else str(query))
+        emit(result.columns, result.arrow(), format, output)
+
+
+@cli.command(name="slice")
+@DATABASE
+@click.argument("site")
+@RUN
+@click.option("--layer", type=IndexType(), help="Layer number; 0:6 or 0,2,5 for several.")
+@click.option("--head", type=IndexType(), help="Head; the kv head for k and v.")
+@click.option("--neuron", type=IndexType(), help="Place on the last axis.")
+@click.option("--prompt", type=IndexType(), help="Prompt id.")
+@click.option("--pos", type=IndexType(), help="Position; -1 is each prompt's last.")
+@click.option("--where", metavar="SQL", help="Condition over labels and run_prompts, such as \"category = 'animals'\".")
+@click.option("--pad", is_flag=True, help="Patterns of several prompts as one array, NaN beyond each.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="A .npy, .npz or .safetensors file; default: describe and preview.",
+)
+def slice_(database: Path, site: str, run: str | None, pad: bool, output: Path | None, **index: Any) -> None:
+    """Read stored activations of SITE by layer, head, prompt and position.
+
+    \b
+    actdb slice DB z --layer 1 --head 5 --where "category = 'animals'" --pos -1 -o z.npy
+    actdb slice DB pattern --layer 1 --head 5 --prompt 17 -o pattern.npy
+    """
+    from actdb.info import preview, save_selection
+
+    with _open(database) as db:
+        selection = db.run(run)[site].sel(**index)
+        if output is None:
+            click.echo(repr(selection))
+            click.echo(preview(selection.numpy(pad=pad)))
+            return
+        click.echo(f"{output}: {save_selection(selection, output, pad=pad)}", err=True)
+
+
+@cli.command()
+@DATABASE
+def verify(database: Path) -> None:
+    """Check every stored byte against its checksum; exit 1 and name what is damaged."""
+    with _open(database) as db:
+        damages = db.verify()
+        for damage in damages:
+            part = "" if damage.part is None else f" (run {damage.run}, part {damage.part})"
+            click.echo(f"{damage.message}{part}")
+        partial = [run.name for run in db.runs() if run.status == "partial"]
+    for name in partial:
+        click.echo(f"run {name} is partial: run the same harvest again to go on", err=True)
+    if damages:
+        click.echo(f"{len(damages)} damaged; the harvest that made a run repairs its parts", err=True)
+        sys.exit(1)
+    click.echo(f"{database}: every byte matches its checksum", err=True)
+
+
+@cli.command()
+@DATABASE
+@click.option("--run", required=True, metavar="NAME", help="The run to delete.")
+def rm(database: Path, run: str) -> None:
+    """Delete a run: arrays, statistics, and weights that no other run uses."""
+    with _open(database) as db:
+        freed = db.remove(run)
+    click.echo(f"{database}: removed run {run}, {freed / 1e6:.1f} MB freed", err=True)
+
+
+@cli.command()
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("demo.actdb"),
+    show_default=True,
+    help="The database to make.",
+)
+@click.option(
+    "--picture",
+    type=click.Path(path_type=Path),
+    default=Path("demo.png"),
+    show_default=True,
+    help="The picture to make.",
+)
+def demo(out: Path, picture: Path) -> None:
+    """Harvest a small model that ships with actdb and find its induction heads by SQL."""
+    from actdb.demo.show import show_demo
+
+    show_demo(out, picture, say=lambda line: click.echo(line, err=True), emit=_emit_table)
+
+
+def _emit_table(columns: Sequence[str], rows: Any) -> None:
+    emit(columns, rows, "table")
+
+
+def _open(database: Path) -> Any:
+    from actdb.database import open as open_database
+
+    return open_database(database)
+
+
+def _run_state(path: Path, name: str) -> str:
+    with _open(path) as db:
+        run = db.run(name)
+        return f"{run.status}, {len(run._snapshot.parts)} of {run.info.n_parts} parts"

@@ -1,0 +1,60 @@
+"""What a harvest tells its user: the plan before it starts, and a progress bar."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from actdb.harvesting.harvest import Harvest, Progress
+
+
+def summary(harvest: Harvest, out: Path) -> str:
+    """Return the plan as text: run, prompts, parts, bytes of each site before encoding, free disk."""
+    info, tokens = harvest.info, harvest.tokens
+    cut = int((tokens.truncated > 0).sum())
+    lines = [
+        f"run {info.name}: {info.model['model']}, {info.plan['dtype']} on {info.environment['device']}",
+        f"{info.n_prompts:,} prompts, {int(tokens.lengths.sum()):,} tokens, {info.n_rows:,} rows in {info.n_parts} parts"
+        + (f"; {cut:,} prompts cut to fit the context" if cut else ""),
+    ]
+    for spec in info.sites:
+        size = harvest.raw_bytes[spec.name]
+        lines.append(f"  {spec.name:<16} {_bytes(size):>9}  {spec.dtype} [{', '.join(spec.dims)}] {list(spec.shape)}")
+    total = sum(harvest.raw_bytes.values())
+    free = shutil.disk_usage(_existing(out)).free
+    lines.append(
+        f"{_bytes(total)} before {info.sites[0].codec if info.sites else ''} encoding; {_bytes(free)} free on {out}"
+    )
+    return "\n".join(lines)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[Progress], None]]:
+    """Yield a progress callback that draws a bar on stderr: tokens a second, bytes, time left; silent when piped."""
+    with tqdm(unit="tok", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
+
+        def update(progress: Progress) -> None:
+            bar.total = progress.n_tokens_planned
+            bar.set_postfix_str(
+                f"{_bytes(progress.stored_bytes)}, part {progress.n_parts}/{progress.n_parts_planned}", refresh=False
+            )
+            bar.update(progress.n_tokens - bar.n)
+
+        yield update
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
