@@ -127,7 +127,9 @@ def comma_separated(_: click.Context, __: click.Parameter, value: str | None) ->
 @click.option("--step", type=int, help="Training step, recorded and appended to the run's name.")
 @click.option("--random-init", type=int, metavar="SEED", help="Fresh weights of the same architecture: a control.")
 @click.option("--tokenizer", metavar="NAME|FOLDER", help="A tokenizer; default: the model's own.")
-@click.option("--no-bos", "bos", flag_value=False, default=True, show_default=False, help="Do not prepend the tokenizer's BOS.")
+@click.option(
+    "--no-bos", "bos", flag_value=False, default=True, show_default=False, help="Do not prepend the tokenizer's BOS."
+)
 @click.option(
     "--sites",
     metavar="A,B|none",

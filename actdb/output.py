@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from actdb.errors import SettingError
+from actdb.errors import SettingError, WriteError
 from actdb.storage.folder import temporary_path, write_error
 
 if TYPE_CHECKING:
@@ -105,7 +105,10 @@ def _file(output: str | os.PathLike[str]) -> Iterator[Path]:
     except BrokenPipeError:
         raise
     except OSError as exc:
-        raise write_error(exc, str(output)) from exc
+        translated = write_error(exc, str(output))
+        if translated is exc:
+            translated = WriteError(f"cannot write {output}: {os.strerror(exc.errno or 0)}")
+        raise translated from exc
     finally:
         with contextlib.suppress(OSError):
             path.unlink()

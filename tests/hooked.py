@@ -1,18 +1,32 @@
-"""A tiny hooked module: everything that a harvest looks at, small enough to run hundreds of times in a test.
+"""What the tests harvest: a tiny hooked module, a run written without any model, and harvests to be killed.
 
-Run as a program it is a harvest for the fault tests: `python -m tests.hooked OUT '{"run": "a"}'`.
+Run as a program it forks harvests of the module on demand; see `serve`.
 """
 
 import json
+import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import nn
 from transformer_lens.hook_points import HookPoint
+
+import actdb
+from actdb.harvesting.pipeline import PartWriter, Writers
+from actdb.harvesting.plan import stored_counts
+from actdb.schema import RunInfo, SiteSpec, digest
+from actdb.storage import commits, verify
+from actdb.storage.folder import Folder
 
 
 class Attention(nn.Module):
@@ -105,16 +119,11 @@ class TinyModel(nn.Module):
 
     def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         n = ids.shape[1]
-        x = self.hook_embed(self.W_E[ids] + torch.arange(n)[:, None] / n_positions(self.cfg))
+        x = self.hook_embed(self.W_E[ids] + torch.arange(n)[:, None] / self.cfg.n_ctx)
         for block in self.blocks:
             x = block(x, attention_mask)
         self.hook_pooled(x[:, 0])  # position 0: does not depend on padding
         return x @ self.W_E.T
-
-
-def n_positions(cfg: SimpleNamespace) -> int:
-    """The context length, as a scale of the position's feature."""
-    return int(cfg.n_ctx)
 
 
 def random_prompts(n: int, *, longest: int = 12, d_vocab: int = 16, seed: int = 0) -> list[dict[str, Any]]:
@@ -125,3 +134,196 @@ def random_prompts(n: int, *, longest: int = 12, d_vocab: int = 16, seed: int = 
         {"tokens": generator.integers(0, d_vocab, length).tolist(), "kind": "ab"[i % 2], "i": i}
         for i, length in enumerate(lengths)
     ]
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    """Return the content of every file of a database by its path: what must be equal between two harvests.
+
+    The catalog is left out, and of `run.json` the time of the harvest (with the checksum that covers it).
+    """
+    files = {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    for name in [name for name in files if name.endswith("run.json")]:
+        value = json.loads(files[name])
+        del value["crc32c"], value["environment"]["created_at"]
+        files[name] = json.dumps(value, sort_keys=True).encode()
+    return {name: content for name, content in files.items() if not name.startswith("catalog.duckdb")}
+
+
+@dataclass(frozen=True)
+class Written:
+    """A run written without a model: its plan and, by site, the values of each prompt [plane…, row or entry, …]."""
+
+    info: RunInfo
+    lengths: tuple[int, ...]
+    values: Mapping[str, list[npt.NDArray[Any]]]
+
+
+def write_run(
+    root: Path,
+    *,
+    seed: int = 0,
+    name: str = "made",
+    codec: str = "lz4",
+    n_prompts: int = 9,
+    n_parts: int = 3,
+    longest: int = 7,
+    layers: tuple[int, ...] = (0, 2, 5),
+    n_heads: int = 2,
+    causal: bool = True,
+    positions: str = "all",
+    committed: Sequence[int] | None = None,
+) -> Written:
+    """Write a run of random values, lengths, chunk lengths and places, through the same writers as a harvest.
+
+    Sites: `resid_post` (layer, row), `k` (layer, kv_head, row), `pattern` (layer, head, entry), `embed` (row),
+    `pooled` (prompt), `pattern_index` (uint16). Only the parts in `committed` are written (None: all).
+    """
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(1, longest + 1, n_prompts)
+    n_rows, n_entries = stored_counts(lengths, causal=causal, positions=positions)
+    counts = {"row": n_rows.astype(np.int64), "entry": n_entries, "prompt": np.ones(n_prompts, np.int64)}
+    parts = np.sort(generator.integers(0, n_parts, n_prompts))
+    parts[-1], order = n_parts - 1, generator.permutation(n_prompts)
+    starts = {axis: np.zeros(n_prompts, np.int64) for axis in counts}
+    capacity = {}
+    for axis, count in counts.items():
+        used = [int(count[order[parts == part]].sum()) for part in range(n_parts)]
+        capacity[axis] = -(-(max(used) + 1) // 8) * 8
+        for part in range(n_parts):
+            members = order[parts == part]
+            starts[axis][members] = np.cumsum(count[members]) - count[members] + part * capacity[axis]
+
+    def site(name: str, axis: str, planes: dict[str, int], feature: dict[str, int], dtype: str) -> SiteSpec:
+        before, after = tuple(planes.values()), tuple(feature.values())
+        chunk = int(generator.choice([1, 2, 4, 8]))
+        return SiteSpec(
+            name=name,
+            hook=f"hook_{name}",
+            dims=(*planes, axis, *feature),
+            shape=(*before, int((starts[axis] + counts[axis]).max()), *after),
+            shard_shape=(*before, capacity[axis], *after),
+            chunk_shape=(*(1 for _ in before), chunk, *after),
+            dtype=dtype,
+            codec=codec,
+            layers=layers if "layer" in planes else (),
+        )
+
+    n_layers = len(layers)
+    specs = (
+        site("resid_post", "row", {"layer": n_layers}, {"d_model": 3}, "float16"),
+        site("k", "row", {"layer": n_layers, "kv_head": n_heads}, {"d_head": 2}, "float32"),
+        site("pattern", "entry", {"layer": n_layers, "head": n_heads}, {}, "float16"),
+        site("embed", "row", {}, {"d_model": 5}, "float32"),
+        site("pooled", "prompt", {}, {"feature": 4}, "float16"),
+        site("pattern_index", "row", {"layer": n_layers, "head": n_heads}, {"rank": 2}, "uint16"),
+    )
+    values = {spec.name: [_random(generator, spec, int(n)) for n in counts[spec.dims[spec.axis]]] for spec in specs}
+    where = np.empty(n_prompts, np.int64)
+    where[order] = parts
+    folder = Folder.create(root)
+    table = {
+        "prompt_id": np.arange(n_prompts, dtype=np.int32),
+        "n_tokens": lengths.astype(np.int32),
+        "part": where.astype(np.int32),
+        "row_start": starts["row"],
+        "n_rows": n_rows,
+        "entry_start": starts["entry"],
+        "n_entries": n_entries,
+    }
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(table), sink)
+    folder.publish(f"runs/{name}/prompts.parquet", sink.getvalue().to_pybytes())
+    plan = {"causal": causal, "positions": positions, "statistics": [], "seed": seed}
+    info = RunInfo(
+        name=name,
+        plan_hash=digest(plan),
+        plan=plan,
+        model={"model": "made"},
+        sites=specs,
+        n_parts=n_parts,
+        n_prompts=n_prompts,
+        n_rows=int(n_rows.sum()),
+        n_entries=int(n_entries.sum()),
+        files=(folder.record(f"runs/{name}/prompts.parquet"),),
+    )
+    assert commits.claim_run(folder, info)
+    for path, content in verify.metadata_files(info).items():
+        folder.publish(path, content)
+    write_parts(folder, info, values, [order[parts == part] for part in range(n_parts)], committed)
+    return Written(info, tuple(lengths.tolist()), values)
+
+
+def write_parts(
+    folder: Folder,
+    info: RunInfo,
+    values: Mapping[str, list[npt.NDArray[Any]]],
+    members: Sequence[npt.NDArray[np.int64]],
+    committed: Sequence[int] | None = None,
+) -> None:
+    """Write parts, prompt after prompt as batches of one would."""
+    writers = Writers()
+    for part in range(len(members)) if committed is None else committed:
+        writer = PartWriter(folder, info, part, writers, computed_dtype="float32")
+        for prompt in members[part].tolist():
+            for spec in info.sites:
+                block = values[spec.name][prompt]
+                for layer in range(len(spec.layers) or 1):
+                    writer.append(spec.name, layer, block[layer] if spec.layers else block)
+        writer.finish(dict, replace=False, done=lambda commit: None)
+    writers.close()
+
+
+def _random(generator: np.random.Generator, spec: SiteSpec, n: int) -> npt.NDArray[Any]:
+    shape = (*spec.planes, n, *spec.feature)
+    if spec.dtype == "uint16":
+        return generator.integers(0, 2**16, shape).astype(np.uint16)
+    return generator.standard_normal(shape).astype(spec.dtype)
+
+
+def serve() -> None:
+    """Fork a child for each line `{"out": …, "run": …}` on stdin, which harvests and exits; never runs the model here.
+
+    Prints the child's process id, and when it is gone its exit status: negative where a signal ended it. Torch is loaded
+    once for hundreds of harvests, and since this process has one thread and runs nothing, forking it is safe.
+    """
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        if (child := os.fork()) == 0:
+            os._exit(_harvest(json.loads(line)))
+        print(child, flush=True)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _harvest(order: dict[str, Any]) -> int:
+    """Harvest as ordered; `kill_at` is the number of the file operation before which the process kills itself."""
+    if (kill_at := order.pop("kill_at", None)) is not None:
+        _kill_before(kill_at)
+    try:
+        actdb.harvest(TinyModel(), random_prompts(order.pop("n_prompts", 24)), order.pop("out"), **order)
+    except actdb.ActdbError as exc:
+        print(f"{type(exc).__name__}: {exc}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def _kill_before(number: int) -> None:
+    """Make the process kill itself before its `number`-th operation that changes what is on disk."""
+    seen = 0
+
+    def count(function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            if seen > number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return counted
+
+    for name in ("fsync", "link", "replace", "unlink", "mkdir", "writev"):
+        setattr(os, name, count(getattr(os, name)))
+
+
+if __name__ == "__main__":
+    serve()

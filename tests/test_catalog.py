@@ -25,6 +25,7 @@ from actdb.catalog import (
     SCHEMA,
     check_catalog,
     check_select,
+    check_table_name,
     connect,
     distinct_names,
     label_columns,
@@ -32,7 +33,7 @@ from actdb.catalog import (
     run_query,
     schema_text,
 )
-from actdb.errors import DamageError, SqlError
+from actdb.errors import DamageError, SettingError, SqlError
 from actdb.schema import Commit, RunInfo, SiteSpec, SiteTally
 from actdb.storage.commits import Snapshot, claim_run, read_run, table_name, take_snapshot, write_commit
 from actdb.storage.folder import Folder
@@ -230,6 +231,17 @@ def test_every_documented_column_exists(folder: Folder) -> None:
         schema_text("nope")
 
 
+@pytest.mark.parametrize("name", ["head_stats", "RUNS", "results", "", ".x", "-x", "a/b", "a b", 'x"', "..", "1" * 101])
+def test_unusable_table_names(name: str) -> None:
+    with pytest.raises(SettingError, match="built-in table" if name.isalpha() or "_" in name else "not usable"):
+        check_table_name(name)
+
+
+def test_usable_table_names() -> None:
+    for name in ("edges", "my_table.v2", "名前", "_x", "head-stats"):
+        check_table_name(name)
+
+
 def test_empty_database_has_empty_tables(folder: Folder) -> None:
     assert content(take_snapshot(folder)) == {table.name: [] for table in SCHEMA}
 
@@ -331,7 +343,8 @@ def test_hostile_label_names_are_only_names(folder: Folder) -> None:
         for i, name in enumerate(HOSTILE):
             assert found[{"a": "a_2", "": "_", "Text": "Text_2"}.get(name, name)] == i + 1
         assert (found["list"], found["void"], found["empty"]) == ([2], None, "[]")
-        assert "1" in found["nested"] and "1" in found["half"]
+        assert "1" in found["nested"]
+        assert "1" in found["half"]
         assert matching_prompts(connection, "run", '"""); DROP TABLE prompts; --" = 2') == [2]
         assert matching_prompts(connection, "run", "a_2 = 4 AND A = 3") == [1]
 

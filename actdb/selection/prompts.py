@@ -69,4 +69,4 @@ def read_prompt_index(folder: Folder, info: RunInfo, parts: tuple[int, ...]) -> 
         raise DamageError(f"{folder.path(name)} is damaged: {len(columns[0])} prompts instead of {info.n_prompts}")
     stored = np.isin(columns[1], np.asarray(parts, np.int64))
     last_only = info.plan.get("positions") == "last"
-    return PromptIndex(info.name, *columns, stored, last_only)
+    return PromptIndex(run=info.name, **dict(zip(COLUMNS, columns, strict=True)), stored=stored, last_only=last_only)

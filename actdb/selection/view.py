@@ -450,7 +450,8 @@ def _padded(
     out = np.full((*planes, len(squares), *n_queries, longest), np.nan, dtype)
     for i, square in enumerate(squares):
         inner = [slice(extent) for extent in square.shape[len(planes) :]]
-        out[(*[slice(None)] * len(planes), i, *inner)] = square
+        place: tuple[Any, ...] = (*[slice(None)] * len(planes), i, *inner)
+        out[place] = square
     return out
 
 
