@@ -57,7 +57,7 @@ def check_run_name(name: str) -> str:
     """Return a run name that is safe as a folder name, or raise `SettingError`."""
     if not RUN_NAME.fullmatch(name) or (name.endswith((".", "-")) and name.strip(".-") == ""):
         raise SettingError(
-            f"run name {name!r} is not usable: give up to 120 letters, digits and . _ = + @ -, the first a letter or digit"
+            f"run name {name!r} is not usable: up to 120 letters, digits and . _ = + @ -, the first a letter or digit"
         )
     return name
 

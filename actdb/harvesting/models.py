@@ -347,7 +347,7 @@ def _sentencepiece_tokenizer(folder: Path, options: dict[str, Any]) -> Any:
         ):
             return found
     raise ModelError(
-        f"{folder / 'tokenizer.model'}: transformers reads it differently from SentencePiece; give --tokenizer or tokens"
+        f"{folder / 'tokenizer.model'}: transformers and SentencePiece read it differently; give --tokenizer or tokens"
     )
 
 

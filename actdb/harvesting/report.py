@@ -12,11 +12,11 @@ from actdb.harvesting.harvest import Harvest, Progress
 
 def summary(harvest: Harvest, out: Path) -> str:
     """Return the plan as text: run, prompts, parts, bytes of each site before encoding, free disk."""
-    info, tokens = harvest.info, harvest.tokens
+    info, tokens, parts = harvest.info, harvest.tokens, harvest.info.n_parts
     cut = int((tokens.truncated > 0).sum())
     lines = [
         f"run {info.name}: {info.model['model']}, {info.plan['dtype']} on {info.environment['device']}",
-        f"{info.n_prompts:,} prompts, {int(tokens.lengths.sum()):,} tokens, {info.n_rows:,} rows in {info.n_parts} parts"
+        f"{info.n_prompts:,} prompts, {int(tokens.lengths.sum()):,} tokens, {info.n_rows:,} rows in {parts} part{"s" * (parts > 1)}"
         + (f"; {cut:,} prompts cut to fit the context" if cut else ""),
     ]
     for spec in info.sites:
@@ -25,7 +25,7 @@ def summary(harvest: Harvest, out: Path) -> str:
     total = sum(harvest.raw_bytes.values())
     free = shutil.disk_usage(_existing(out)).free
     lines.append(
-        f"{_bytes(total)} before {info.sites[0].codec if info.sites else ''} encoding; {_bytes(free)} free on {out}"
+        f"{_bytes(total)} before encoding with {harvest.settings.codec}; {_bytes(free)} free for {out}"
     )
     return "\n".join(lines)
 

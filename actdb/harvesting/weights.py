@@ -1,7 +1,7 @@
 """The weights kept with a run, under TransformerLens' names, so that analyses need no model.
 
-They lie in `weights/<sha256>/`, one safetensors file a layer and one for the rest. The folder is named by the hash of the
-weights, so runs of one model share it: hundreds of runs over the same weights keep them once.
+They lie in `weights/<sha256>/`, one safetensors file a layer and one for the rest. The folder is named by the hash of
+the weights and lies outside the run, so that runs of one model share it and keep them once.
 """
 
 from collections.abc import Mapping, Sequence

@@ -13,7 +13,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class ChunkRead:
-    """One chunk of one plane, and the pieces of it that are wanted: `targets[i]` receives `sources[i]`, `counts[i]` long.
+    """One chunk of one plane and the pieces wanted of it: `counts[i]` rows from `sources[i]` go to `targets[i]`.
 
     `part` is the shard, `row_chunk` the chunk's number within the shard along the row axis.
     """
@@ -64,7 +64,7 @@ def _coalesce(starts: Ints, counts: Ints) -> tuple[Ints, Ints, Ints]:
 
 
 def _split(starts: Ints, counts: Ints, targets: Ints, chunk: int) -> tuple[Ints, Ints, Ints, Ints]:
-    """Cut ranges at chunk borders; returns the chunk's number along the axis, source, target and length of each piece."""
+    """Cut ranges at chunk borders; returns each piece's chunk number along the axis, source, target and length."""
     first, last = starts // chunk, (starts + counts - 1) // chunk
     pieces = last - first + 1
     owner = np.repeat(np.arange(len(starts)), pieces)

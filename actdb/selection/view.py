@@ -64,7 +64,7 @@ class Selection:
     """Stored activations chosen by layer, head, neuron, prompt and position; nothing is read before it is asked for.
 
     Values have the axes `dims`, in the stored dtype. Row sites: [layer, head, row, feature] with the rows of many
-    prompts concatenated in prompt order (`prompt` and `pos` tell them apart), each axis absent where an int selected it.
+    prompts concatenated in prompt order (`prompt` and `pos` tell them apart), an axis absent where an int selected it.
     Patterns: see `numpy`. Selecting again narrows by the arguments given and keeps the others.
     """
 
@@ -377,7 +377,7 @@ class Selection:
 
     def _patterns(self, *, pad: bool) -> Any:
         """Read entries of the selected prompts in one plan and unpack them."""
-        ids, single = self._chosen
+        _, single = self._chosen
         lengths = self._lengths.tolist()
         starts, counts, queries = self._pattern_ranges()
         reads = plan_reads(self._source.spec, starts, counts)

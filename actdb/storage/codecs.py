@@ -1,8 +1,9 @@
 """Encoding and decoding of one chunk.
 
 Two codecs, both made of standard Zarr v3 codecs: `lz4` is little-endian bytes, Blosc (lz4, bit-shuffle), CRC-32C;
-`raw` is little-endian bytes, CRC-32C. Measured on fp16 activations of a trained model, Blosc lz4 with bit-shuffling gives
-the ratio of zstd-1 at three times its speed. Without the checksum, zarr-python and tensorstore return flipped bits silently.
+`raw` is little-endian bytes, CRC-32C. Measured on fp16 activations of a trained model, Blosc lz4 with bit-shuffling
+gives the ratio of zstd-1 at three times its speed. Without the checksum, zarr-python and tensorstore return flipped
+bits silently.
 
 Blosc's own threads make different bytes from run to run, so they are off for the whole process; actdb runs threads
 over chunks instead.
@@ -58,7 +59,7 @@ def decode(stored: bytes, codec: str, out: npt.NDArray[np.generic]) -> None:
 
 
 def round_mantissas(values: npt.NDArray[np.floating], bits: int) -> float:
-    """Round to `bits` mantissa bits in place, ties to even as numcodecs' BitRound; returns the largest absolute error."""
+    """Round to `bits` mantissa bits in place, ties to even as numcodecs' BitRound; returns the largest error."""
     from numcodecs.bitround import BitRound
 
     before = values.copy()
