@@ -47,7 +47,7 @@ def _plan_range(spec: SiteSpec, start: int, count: int) -> list[ChunkRead]:
         part, within = divmod(start, capacity)
         row_chunk, source = divmod(within, chunk)
         take = min(count, chunk - source)
-        reads.append(ChunkRead(part, row_chunk, (source,), (target,), (take,)))
+        reads.append(ChunkRead(part, row_chunk, [source], [target], [take]))
         start, target, count = start + take, target + take, count - take
     return reads
 

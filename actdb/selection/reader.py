@@ -88,7 +88,7 @@ class SiteReader:
         shard = self._shards.get(read.part) or self._shard(read.part)
         chunk = plane * self._chunks_a_plane + read.row_chunk
         self.n_reads += 1
-        if feature is None and read.counts[0] == self._chunk_rows:
+        if feature is None and len(read.counts) == 1 and read.counts[0] == self._chunk_rows:
             target = read.targets[0]
             shard.read(chunk, out[target : target + self._chunk_rows])
             return

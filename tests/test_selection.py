@@ -1,0 +1,350 @@
+"""Selections against NumPy indexing, and the reads that they cost."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hooked import Written, write_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import actdb
+from actdb.selection.plan import plan_reads
+
+LAYERS = (0, 2, 5)
+
+
+def make(path: Path, **options: Any) -> tuple[actdb.Run, Written]:
+    written = write_run(path / "x.actdb", **options)
+    return actdb.open(path / "x.actdb").run(), written
+
+
+@pytest.fixture(scope="module", params=["lz4", "raw"])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[actdb.Run, Written]:
+    return make(tmp_path_factory.mktemp("made"), codec=request.param, seed=3, n_prompts=11, longest=9)
+
+
+def axis_index(draw: Any, n: int) -> Any:
+    """None, an int, a slice, a list or a boolean mask along an axis of n."""
+    kind = draw(st.sampled_from(["none", "int", "slice", "list", "mask", "array"]))
+    if kind == "int":
+        return draw(st.integers(0, n - 1))
+    if kind == "slice":
+        return slice(draw(st.integers(0, n)), draw(st.integers(0, n)), draw(st.sampled_from([None, 1, 2])))
+    if kind == "mask":
+        return np.array(draw(st.lists(st.booleans(), min_size=n, max_size=n)))
+    if kind in ("list", "array"):
+        chosen = draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=4))
+        return np.array(chosen) if kind == "array" else chosen
+    return None
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_row_sites_equal_numpy(made: tuple[actdb.Run, Written], data: st.DataObject) -> None:
+    run, written = made
+    site = data.draw(st.sampled_from(["resid_post", "k", "embed", "pattern_index"]))
+    spec = run.info.site(site)
+    assert spec is not None
+    given_: dict[str, Any] = {}
+    axes = {"layer": len(LAYERS)} if spec.layers else {}
+    if len(spec.planes) == 2:
+        axes["head"] = spec.planes[1]
+    axes["neuron"] = spec.feature[0]
+    places: list[Any] = []
+    for name, n in axes.items():
+        index = axis_index(data.draw, n)
+        places.append(slice(None) if index is None else index)
+        if index is not None:
+            if name == "layer":
+                index = translate_layer(index)
+            given_[name] = index
+    prompts, dropped = chosen_prompts(data, run, given_)
+    lengths = [written.lengths[p] for p in prompts]
+    pos = data.draw(st.sampled_from([None, -1, 0, slice(1, None), slice(-2, None), [0], [-1, 0]]))
+    if pos is not None:
+        given_["pos"] = pos
+    selection = run[site].sel(**given_)
+    rows, row_prompts, row_pos = [], [], []
+    for p, n in zip(prompts, lengths, strict=True):
+        positions = np.arange(n)[pos] if pos is not None else np.arange(n)
+        positions = np.atleast_1d(positions)
+        rows.append(written.values[site][p][..., positions, :])
+        row_prompts += [p] * len(positions)
+        row_pos += positions.tolist()
+    axis = len(spec.planes)
+    empty = np.empty((*spec.planes, 0, *spec.feature), spec.dtype)
+    want = np.concatenate(rows, axis=axis) if rows else empty
+    for place, index in reversed(list(enumerate(places[:axis]))):
+        want = want[(*[slice(None)] * place, index)]
+    want = want[..., places[-1]]
+    if dropped and isinstance(pos, int):
+        want = want.take(0, axis=want.ndim - 1 - (0 if isinstance(places[-1], int) else 1))
+    assert selection.shape == want.shape
+    assert selection.dtype == want.dtype
+    assert selection.nbytes == want.nbytes
+    assert len(selection.dims) == want.ndim
+    assert selection.prompt.tolist() == row_prompts
+    assert selection.pos.tolist() == row_pos
+    before = run[site]._source.reader.n_reads
+    assert repr(selection)
+    assert run[site]._source.reader.n_reads == before
+    values = selection.numpy()
+    assert np.array_equal(values, want)
+    assert np.array_equal(np.asarray(selection), want)
+
+
+def translate_layer(index: Any) -> Any:
+    """The model's layer numbers for places 0, 1, 2."""
+    if isinstance(index, slice):
+        numbers = [*LAYERS, LAYERS[-1] + 1]
+        if index.step == 2:
+            return [LAYERS[i] for i in range(*index.indices(len(LAYERS)))]
+        return slice(numbers[index.start], numbers[index.stop])
+    if isinstance(index, np.ndarray) and index.dtype == bool:
+        return [LAYERS[i] for i in np.flatnonzero(index)]
+    return LAYERS[index] if isinstance(index, int) else [LAYERS[i] for i in np.asarray(index).tolist()]
+
+
+def chosen_prompts(data: st.DataObject, run: actdb.Run, given_: dict[str, Any]) -> tuple[list[int], bool]:
+    index = axis_index(data.draw, run.n_prompts)
+    if index is None:
+        return list(range(run.n_prompts)), False
+    given_["prompt"] = index
+    everything = np.arange(run.n_prompts)
+    return np.atleast_1d(everything[index]).tolist(), isinstance(index, int)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("codec", ["lz4", "raw"])
+def test_patterns_equal_unpacked_squares(tmp_path: Path, causal: bool, codec: str) -> None:
+    run, written = make(tmp_path, causal=causal, codec=codec, seed=5)
+    squares = []
+    for n, packed in zip(written.lengths, written.values["pattern"], strict=True):
+        square = np.zeros((3, 2, n, n), np.float16)
+        if causal:
+            square[..., *np.tril_indices(n)] = packed
+        else:
+            square[:] = packed.reshape(3, 2, n, n)
+        squares.append(square)
+    for prompt, square in enumerate(squares):
+        selection = run["pattern"].sel(layer=2, head=1, prompt=prompt)
+        assert selection.dims == ("query", "key")
+        assert selection.shape == square.shape[2:]
+        assert np.array_equal(selection.numpy(), square[1, 1])
+        for query in (0, -1):
+            row = run["pattern"].sel(layer=[5, 0], prompt=prompt, pos=query)
+            assert np.array_equal(row.numpy(), square[[2, 0]][:, :, query])
+            assert row.shape == row.numpy().shape
+    several = run["pattern"].sel(prompt=[4, 1, 4])
+    assert all(np.array_equal(a, squares[p]) for a, p in zip(several.numpy(), (4, 1, 4), strict=True))
+    padded = several.numpy(pad=True)
+    assert padded.shape == several.shape
+    n = squares[1].shape[-1]
+    assert np.array_equal(padded[:, :, 1, :n, :n], squares[1])
+    assert np.isnan(padded[:, :, 1, n:]).all()
+    assert np.isnan(padded[:, :, 1, :, n:]).all()
+    blocks = list(run["pattern"].sel(layer=0).batches(4))
+    assert sorted(p for block in blocks for p in block.prompt.tolist()) == list(range(run.n_prompts))
+    for block in blocks:
+        for value, prompt in zip(block.values, block.prompt.tolist(), strict=True):
+            assert np.array_equal(value, squares[prompt][0])
+    with pytest.raises(actdb.SelectionError, match="batches"):
+        run["pattern"].shuffled(3)
+
+
+def test_prompt_level_site(made: tuple[actdb.Run, Written]) -> None:
+    run, written = made
+    everything = np.concatenate(written.values["pooled"])
+    assert run["pooled"].dims == ("prompt", "feature")
+    assert np.array_equal(run["pooled"].numpy(), everything)
+    assert np.array_equal(run["pooled"].sel(prompt=[3, 0]).numpy(), everything[[3, 0]])
+    assert np.array_equal(run["pooled"].sel(prompt=3).numpy(), everything[3])
+    with pytest.raises(actdb.SelectionError, match="no positions"):
+        run["pooled"].sel(pos=0)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"layer": 1}, "layer 1: there are layers 0, 2, 5"),
+        ({"layer": -1}, "layer -1"),
+        ({"head": 2}, "head 2: there are heads 0 to 1"),
+        ({"neuron": 99}, "neuron 99: there are neurons 0 to 1"),
+        ({"prompt": 11}, "prompt 11: run 'made' has prompts 0 to 10"),
+        ({"prompt": -1}, "prompt -1"),
+        ({"pos": 50}, "pos 50: prompt 0 has positions 0 to"),
+        ({"pos": [0, -50]}, "pos -50"),
+        ({"layer": "a"}, "give an int, a slice, or a list of ints"),
+        ({"head": [0.5]}, "give an int, a slice, or a list of ints"),
+    ],
+)
+def test_outside_the_range(made: tuple[actdb.Run, Written], index: dict[str, Any], message: str) -> None:
+    with pytest.raises(actdb.SelectionError, match=message):
+        made[0]["k"].sel(**index).numpy()
+
+
+def test_axes_that_a_site_lacks(made: tuple[actdb.Run, Written]) -> None:
+    run = made[0]
+    for site, index, message in (
+        ("resid_post", {"head": 0}, "no heads; its axes are layer, row, d_model"),
+        ("embed", {"layer": 0}, "no layers"),
+        ("pattern", {"neuron": 0}, "no neurons"),
+    ):
+        with pytest.raises(actdb.SelectionError, match=message):
+            run[site].sel(**index)
+    with pytest.raises(actdb.SiteError, match="no site 'zz'; it holds resid_post, k, pattern"):
+        run["zz"]
+
+
+def test_selecting_again_narrows(made: tuple[actdb.Run, Written]) -> None:
+    run, _ = made
+    twice = run["k"].sel(layer=2).sel(head=1).sel(prompt=4)
+    assert np.array_equal(twice.numpy(), run["k"].sel(layer=2, head=1, prompt=4).numpy())
+
+
+def test_only_the_chunks_of_a_selection_are_read(tmp_path: Path) -> None:
+    run, written = make(tmp_path, seed=8, n_prompts=20, longest=9)
+    spec = run.info.site("resid_post")
+    assert spec is not None
+    chunk, index = spec.chunk_shape[1], run._prompts
+    for prompt in range(20):
+        reader = run["resid_post"]._source.reader
+        before = reader.n_reads
+        run["resid_post"].sel(layer=2, prompt=prompt).numpy()
+        start, n = int(index.row_start[prompt]), written.lengths[prompt]
+        within = start % spec.capacity
+        assert reader.n_reads - before == (within + n - 1) // chunk - within // chunk + 1
+    before = run["resid_post"]._source.reader.n_reads
+    rows = 0
+    for block in run["resid_post"].sel(layer=2).batches(7):
+        assert len(block) <= 7
+        rows += len(block)
+    used = {int(r) // chunk for s, n in zip(index.row_start, index.n_rows, strict=True) for r in range(s, s + n)}
+    assert rows == sum(written.lengths)
+    assert run["resid_post"]._source.reader.n_reads - before == len(used)
+
+
+def rows_of(blocks: list[actdb.Block]) -> dict[tuple[int, int], np.ndarray]:
+    rows: dict[tuple[int, int], np.ndarray] = {}
+    for block in blocks:
+        assert block.pos is not None
+        for i, key in enumerate(zip(block.prompt.tolist(), block.pos.tolist(), strict=True)):
+            assert key not in rows
+            rows[key] = np.asarray(block.values)[..., i, :]
+    return rows
+
+
+@pytest.mark.parametrize("size", [1, 4, 1000])
+def test_streams_give_every_row_once(made: tuple[actdb.Run, Written], size: int) -> None:
+    run, written = made
+    truth = {(p, i): v[1, 0, i] for p, v in enumerate(written.values["k"]) for i in range(v.shape[2])}
+    selection = run["k"].sel(layer=2, head=0)
+    for blocks in (list(selection.batches(size)), list(selection.shuffled(size, seed=4))):
+        rows = rows_of(blocks)
+        assert rows.keys() == truth.keys()
+        assert all(np.array_equal(rows[key], truth[key]) for key in truth)
+        assert all(len(block) == size for block in blocks[:-1])
+
+
+def test_shuffling_is_seeded_and_shared_by_workers(made: tuple[actdb.Run, Written]) -> None:
+    selection = made[0]["k"].sel(layer=2, head=0)
+
+    def order(**options: Any) -> list[tuple[int, int]]:
+        return [
+            k
+            for block in selection.shuffled(5, **options)
+            for k in zip(block.prompt.tolist(), block.pos.tolist(), strict=True)
+        ]
+
+    once = order(seed=1)
+    assert once == order(seed=1)
+    assert once != order(seed=2)
+    assert once != sorted(once)
+    twice = order(seed=1, epochs=2)
+    assert twice[: len(once)] == once
+    assert sorted(twice[len(once) :]) == sorted(once)
+    assert twice[len(once) :] != once
+    shares = [order(seed=1, worker=(i, 3)) for i in range(3)]
+    assert sorted(k for share in shares for k in share) == sorted(once)
+    with pytest.raises(actdb.SelectionError, match="worker"):
+        order(worker=(3, 3))
+
+
+def test_other_forms(made: tuple[actdb.Run, Written]) -> None:
+    run, _ = made
+    selection = run["k"].sel(layer=2, prompt=[1, 0])
+    values = selection.numpy()
+    tensor = selection.torch()
+    assert isinstance(tensor, torch.Tensor)
+    tensor += 0  # owns its memory
+    assert np.array_equal(tensor.numpy(), values)
+    array = selection.xarray()
+    assert array.dims == ("kv_head", "row", "d_head")
+    assert np.array_equal(array.values, values)
+    assert int(array.coords["layer"]) == 2
+    assert array.coords["prompt"].values.tolist() == selection.prompt.tolist()
+    assert array.coords["pos"].values.tolist() == selection.pos.tolist()
+    patterns = run["pattern"].sel(head=0, prompt=[1, 0]).xarray()
+    assert patterns.dims == ("layer", "prompt", "query", "key")
+    assert patterns.coords["layer"].values.tolist() == list(LAYERS)
+
+
+def test_partial_runs_show_committed_prompts_only(tmp_path: Path) -> None:
+    run, written = make(tmp_path, seed=2, n_prompts=12, committed=[0, 2])
+    assert run.status == "partial"
+    stored = [p for p in range(12) if run._prompts.part[p] != 1]
+    assert 0 < len(stored) < 12
+    wanted = np.concatenate([written.values["embed"][p] for p in stored])
+    assert np.array_equal(run["embed"].numpy(), wanted)
+    missing = next(p for p in range(12) if p not in stored)
+    with pytest.raises(actdb.SelectionError, match="not stored yet"):
+        run["embed"].sel(prompt=missing).numpy()
+
+
+def test_threads_read_what_one_reads(made: tuple[actdb.Run, Written]) -> None:
+    run, written = made
+    wrong: list[int] = []
+
+    def read(seed: int) -> None:
+        for prompt in np.random.default_rng(seed).permutation(run.n_prompts).tolist() * 5:
+            if not np.array_equal(run["k"].sel(prompt=prompt).numpy(), written.values["k"][prompt]):
+                wrong.append(prompt)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12)), min_size=1, max_size=12), st.sampled_from([1, 2, 4, 8])
+)
+@settings(deadline=None)
+def test_plans_cover_their_ranges(ranges: list[tuple[int, int]], chunk: int) -> None:
+    from actdb.schema import SiteSpec
+
+    spec = SiteSpec(
+        "x", "x", ("layer", "row", "d"), (1, 80, 3), (1, 16, 3), (1, chunk, 3), "float32", "raw", None, (0,)
+    )
+    starts = [start for start, _ in ranges]
+    counts = [min(count, 16 - start % 16) for start, count in ranges]
+    want = [row for start, count in zip(starts, counts, strict=True) for row in range(start, start + count)]
+    got: dict[int, int] = {}
+    reads = plan_reads(spec, starts, counts)
+    assert len({(read.part, read.row_chunk) for read in reads}) == len(reads)
+    for read in reads:
+        for source, target, count in zip(read.sources, read.targets, read.counts, strict=True):
+            assert source + count <= chunk
+            for i in range(count):
+                assert target + i not in got
+                got[target + i] = read.part * 16 + read.row_chunk * chunk + source + i
+    assert [got[i] for i in range(len(want))] == want
+    for start, count in zip(starts, counts, strict=True):
+        if count:
+            assert plan_reads(spec, [start], [count]) == plan_reads(spec, [start, 0], [count, 0])
