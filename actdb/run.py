@@ -145,8 +145,9 @@ class Run:
         import pyarrow.parquet as pq
 
         name = f"runs/{self.name}/tokens.parquet"
+        path = self._folder.inside(name)
         try:
-            table = pq.read_table(self._folder.inside(name), columns=["token_id", "token"])
+            table = pq.read_table(path, columns=["token_id", "token"])
         except (FileNotFoundError, pa.ArrowException, OSError) as exc:
             raise DamageError(f"{self._folder.path(name)} is missing or damaged; run the same harvest again") from exc
         return {"token_id": table.column("token_id").to_numpy(), "token": table.column("token").to_pylist()}
@@ -174,8 +175,9 @@ class Run:
         if found is None:
             names = ", ".join(key for key in sorted(header) if key != "__metadata__")
             raise SelectionError(f"run {self.name!r} has no weight {name!r} there; it has {names}")
+        path = self._folder.inside(record.path)
         try:
-            with safe_open(self._folder.inside(record.path), framework="numpy") as file:
+            with safe_open(path, framework="numpy") as file:
                 value = file.get_tensor(found)
         except (OSError, SafetensorError) as exc:
             raise DamageError(f"{self._folder.path(record.path)} is damaged; run the same harvest again") from exc
@@ -184,8 +186,9 @@ class Run:
 
 def _header(folder: Folder, record: FileRecord) -> dict[str, Any]:
     """Read the JSON header of a safetensors file."""
+    path = folder.inside(record.path)
     try:
-        with open(folder.inside(record.path), "rb") as file:
+        with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             if size > record.stored_bytes:
                 raise ValueError("header longer than the file")

@@ -42,9 +42,7 @@ ARCHITECTURES = {
 IDS = torch.tensor([[0, 3, 19, 7, 7, 2, 11, 4], [5, 5, 1, 18, 0, 9, 13, 6]])
 
 
-def build(
-    *, dtype: torch.dtype = torch.float32, rope_scaling: Any = None, **fields: Any
-) -> TransformerBridge:
+def build(*, dtype: torch.dtype = torch.float32, rope_scaling: Any = None, **fields: Any) -> TransformerBridge:
     """A native bridge of which every weight, norms and biases included, differs from its initial value."""
     config = TransformerBridgeConfig(**{**SHAPE, **fields}, device="cpu", seed=3)
     if rope_scaling is not None:
@@ -134,9 +132,7 @@ def test_weights_have_clean_names_once(folder: Path) -> None:
 
     assert "blocks.0.attn.q.weight" in names
     assert not any("_original_component" in name for name in names)
-    assert (
-        len(names) == 3 + 2 * (8 + 2) + 2 + 1
-    )  # embed, pos, unembed; attention, ln1; ln_final; unembed bias
+    assert len(names) == 3 + 2 * (8 + 2) + 2 + 1  # embed, pos, unembed; attention, ln1; ln_final; unembed bias
 
 
 def test_seed_is_not_saved_and_initialisation_does_not_matter(folder: Path) -> None:

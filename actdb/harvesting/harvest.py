@@ -248,7 +248,7 @@ def _environment(model: Model) -> dict[str, Any]:
     return {
         "device": f"{model.device.type} ({name})",
         "threads": torch.get_num_threads(),
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created_at": datetime.now(UTC).isoformat(timespec="microseconds"),
         "actdb_version": __version__,
         "python_version": platform.python_version(),
         "torch_version": str(torch.__version__),

@@ -27,6 +27,7 @@ OFFLINE_CONFIGS: dict[str, dict[str, int]] = {
 }
 """GPT-2's published shapes, so that `--random-init` needs no network for them; the rest is GPT2Config's default."""
 
+HUB_TIMEOUT_S = 5
 TOKENIZER_PROBES = ("Once upon a time", " leading space", "two\nlines, 3.5 numbers!", "naïve Ünïcode – “quotes”")
 
 
@@ -96,8 +97,9 @@ def load_model(
 def load_tokenizer(source: Any, *, model_type: str | None = None) -> Any:
     """Load a tokenizer by name or folder, or pass one through; None where there is none or it is unusable.
 
-    A vocabulary of one token, which transformers invents for folders without tokenizer files, counts as none. A
-    SentencePiece file is checked against SentencePiece itself: some of transformers' loaders drop its leading space.
+    A vocabulary of special tokens alone, which transformers invents for folders without tokenizer files, counts as
+    none. A SentencePiece file is checked against SentencePiece itself: some of transformers' loaders drop its leading
+    space.
     """
     if source is None or not isinstance(source, str | os.PathLike):
         return source
@@ -107,7 +109,7 @@ def load_tokenizer(source: Any, *, model_type: str | None = None) -> Any:
     local = folder.is_dir()
     if not local and (os.sep in str(source) and not _looks_like_hub_name(str(source))):
         raise ModelError(f"--tokenizer {source}: no such folder")
-    options = {"local_files_only": local, "trust_remote_code": False}
+    options = {"local_files_only": local or not _hub_answers(), "trust_remote_code": False}
     if local and (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
         return _sentencepiece_tokenizer(folder, options)
     try:
@@ -116,11 +118,16 @@ def load_tokenizer(source: Any, *, model_type: str | None = None) -> Any:
         if model_type is not None:
             return None
         raise ModelError(f"cannot load tokenizer {source}: {_first_line(exc)}") from exc
-    if len(found) <= 1:
+    if not _is_usable(found):
         if model_type is None:
-            raise ModelError(f"{source} holds no tokenizer with more than one token")
+            raise ModelError(f"{source} holds no tokenizer with tokens of its own")
         return None
     return found
+
+
+def _is_usable(tokenizer: Any) -> bool:
+    """Whether a tokenizer has tokens besides the special ones."""
+    return len(tokenizer) > max(1, len(set(getattr(tokenizer, "all_special_ids", ()))))
 
 
 def weights_sha256(model: Model) -> str:
@@ -153,7 +160,7 @@ def _from_module(module: torch.nn.Module, *, tokenizer: Any, processing: str, na
         module=module,
         name=short.rstrip("/").rsplit("/", 1)[-1],
         config=_config(cfg, short, module),
-        tokenizer=own_tokenizer if own_tokenizer is not None and len(own_tokenizer) > 1 else None,
+        tokenizer=own_tokenizer if own_tokenizer is not None and _is_usable(own_tokenizer) else None,
         hook_points=points,
         call=call,
         takes_mask=takes_mask,

@@ -16,7 +16,7 @@ def summary(harvest: Harvest, out: Path) -> str:
     cut = int((tokens.truncated > 0).sum())
     lines = [
         f"run {info.name}: {info.model['model']}, {info.plan['dtype']} on {info.environment['device']}",
-        f"{info.n_prompts:,} prompts, {int(tokens.lengths.sum()):,} tokens, {info.n_rows:,} rows in {parts} part{"s" * (parts > 1)}"
+        f"{info.n_prompts:,} prompts, {int(tokens.lengths.sum()):,} tokens, {info.n_rows:,} rows in {parts} part{'s' * (parts > 1)}"
         + (f"; {cut:,} prompts cut to fit the context" if cut else ""),
     ]
     for spec in info.sites:
@@ -24,9 +24,7 @@ def summary(harvest: Harvest, out: Path) -> str:
         lines.append(f"  {spec.name:<16} {_bytes(size):>9}  {spec.dtype} [{', '.join(spec.dims)}] {list(spec.shape)}")
     total = sum(harvest.raw_bytes.values())
     free = shutil.disk_usage(_existing(out)).free
-    lines.append(
-        f"{_bytes(total)} before encoding with {harvest.settings.codec}; {_bytes(free)} free for {out}"
-    )
+    lines.append(f"{_bytes(total)} before encoding with {harvest.settings.codec}; {_bytes(free)} free for {out}")
     return "\n".join(lines)
 
 

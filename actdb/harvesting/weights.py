@@ -7,11 +7,12 @@ the weights and lies outside the run, so that runs of one model share it and kee
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import google_crc32c
 import torch
 
 from actdb.harvesting.models import Model
 from actdb.schema import FileRecord
-from actdb.storage.folder import Folder, file_record
+from actdb.storage.folder import Folder
 
 WEIGHTS = "weights"
 TIED = "W_U is the transpose of W_E"
@@ -41,7 +42,7 @@ def weight_tensors(model: Model, layers: Sequence[int]) -> dict[str, dict[str, t
 def write_weights(
     folder: Folder, sha256: str, files: Mapping[str, Mapping[str, torch.Tensor]]
 ) -> tuple[FileRecord, ...]:
-    """Write the files that are not there yet, bfloat16 widened to float32; returns the records of all."""
+    """Write the files that are not there yet or are damaged, bfloat16 widened to float32; returns the records of all."""
     from safetensors.torch import save
 
     records = []
@@ -51,9 +52,11 @@ def write_weights(
         if _tied(kept):
             del kept["unembed.W_U"]
             metadata["tied"] = TIED
-        if not folder.exists(name):
-            folder.publish(name, save({key: _plain(value) for key, value in sorted(kept.items())}, metadata))
-        records.append(file_record(folder.inside(name), name))
+        content = save({key: _plain(value) for key, value in sorted(kept.items())}, metadata)
+        record = FileRecord(name, len(content), google_crc32c.value(content))
+        if not folder.exists(name) or folder.record(name) != record:
+            folder.publish(name, content)
+        records.append(record)
     return tuple(records)
 
 

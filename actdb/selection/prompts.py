@@ -58,8 +58,9 @@ def read_prompt_index(folder: Folder, info: RunInfo, parts: tuple[int, ...]) -> 
     import pyarrow.parquet as pq
 
     name = f"{RUNS}/{info.name}/prompts.parquet"
+    path = folder.inside(name)
     try:
-        table = pq.read_table(folder.inside(name), columns=list(COLUMNS))
+        table = pq.read_table(path, columns=list(COLUMNS))
         columns = [table.column(column).to_numpy().astype(np.int64) for column in COLUMNS]
     except FileNotFoundError as exc:
         raise DamageError(f"{folder.path(name)} is missing; run the same harvest again to repair it") from exc

@@ -146,7 +146,7 @@ class ShardReader:
 
     def _read_index(self) -> npt.NDArray[np.void]:
         need = index_bytes(self._spec.n_chunks)
-        tail = os.pread(self._descriptor, need, max(self._size - need, 0))
+        tail = os.pread(self._descriptor, need, self._size - need) if need <= self._size else b""
         if len(tail) != need or not codecs.checksum_matches(tail):
             raise self._damage("its chunk index is truncated or altered")
         index = np.frombuffer(tail, INDEX_ENTRY, count=self._spec.n_chunks)
