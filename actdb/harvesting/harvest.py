@@ -24,7 +24,7 @@ from actdb.harvesting.statistics import HeadStatistics
 from actdb.harvesting.weights import output_grams, weight_tensors, write_weights
 from actdb.schema import Commit, FileRecord, RunInfo, SiteSpec, digest
 from actdb.storage import codecs, commits, verify
-from actdb.storage.folder import Folder, write_error
+from actdb.storage.folder import Folder, readable_bytes, write_error
 
 TOP_SITES = ("pattern_value", "pattern_index")
 HEADROOM_BYTES = 16 * 1024**2
@@ -402,7 +402,7 @@ def _check_space(folder: Folder, harvest: Harvest, parts: Sequence[int]) -> None
     free = shutil.disk_usage(folder.root).free
     if needed + HEADROOM_BYTES > free:
         raise SpaceError(
-            f"the harvest needs up to {needed / 1e9:.2f} GB and {folder.root} has {free / 1e9:.2f} GB free; "
+            f"the harvest needs up to {readable_bytes(needed)} and {folder.root} has {readable_bytes(free)} free; "
             "choose fewer --sites or --layers, --positions last, or another -o"
         )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from transformer_lens.hook_points import HookPoint
 
 from actdb.errors import ModelError, SettingError
@@ -28,6 +29,18 @@ OFFLINE_CONFIGS: dict[str, dict[str, int]] = {
 """GPT-2's published shapes, so that `--random-init` needs no network for them; the rest is GPT2Config's default."""
 
 HUB_TIMEOUT_S = 5
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,  # with NotImplementedError
+    SafetensorError,
+)
+"""What transformers and transformer-lens raise for files that they cannot use."""
+
 TOKENIZER_PROBES = ("Once upon a time", " leading space", "two\nlines, 3.5 numbers!", "naïve Ünïcode – “quotes”")
 
 
@@ -110,11 +123,12 @@ def load_tokenizer(source: Any, *, model_type: str | None = None) -> Any:
     if not local and (os.sep in str(source) and not _looks_like_hub_name(str(source))):
         raise ModelError(f"--tokenizer {source}: no such folder")
     options = {"local_files_only": local or not _hub_answers(), "trust_remote_code": False}
-    if local and (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
-        return _sentencepiece_tokenizer(folder, options)
     try:
-        found = transformers.AutoTokenizer.from_pretrained(str(source), **options)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as exc:
+        if local and (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+            found = _sentencepiece_tokenizer(folder, options)
+        else:
+            found = transformers.AutoTokenizer.from_pretrained(str(source), **options)
+    except (ModelError, *LOADING_ERRORS) as exc:
         if model_type is not None:
             return None
         raise ModelError(f"cannot load tokenizer {source}: {_first_line(exc)}") from exc
@@ -190,7 +204,7 @@ def _process(module: torch.nn.Module, processing: str) -> dict[str, Any]:
     elif not getattr(module, "compatibility_mode", False):
         try:
             cast(Any, module).enable_compatibility_mode(disable_warnings=True)
-        except (NotImplementedError, ValueError, RuntimeError, KeyError, AttributeError) as exc:
+        except LOADING_ERRORS as exc:
             raise ModelError(
                 f"this model's weights cannot be folded: {_first_line(exc)}; use --processing raw"
             ) from exc
@@ -258,22 +272,22 @@ def _from_transformers(
     if not local and not _looks_like_hub_name(source):
         raise ModelError(f"model {source}: no such folder, and not the name of a model")
     official = source if local else (resolve_model_alias(source) or source)
-    config = _transformers_config(official, local=local, random_init=random_init, source=source)
+    known = None if local or random_init is None else OFFLINE_CONFIGS.get(official.rsplit("/", 1)[-1])
+    offline = local or known is not None or not _hub_answers()
+    config = _transformers_config(official, shape=known, offline=offline, source=source)
     try:
         architecture = determine_architecture_from_hf_config(config)
         model_class = get_hf_model_class_for_architecture(architecture)
-    except (KeyError, ValueError, NotImplementedError) as exc:
+    except LOADING_ERRORS as exc:
         raise ModelError(f"model {source}: transformer-lens does not support it ({_first_line(exc)})") from exc
     if random_init is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(random_init)
-            inner = _from_config(model_class, config)
+        inner = _from_config(model_class, config, seed=random_init, source=source)
     else:
-        inner = _from_pretrained(model_class, official, config, dtype=dtype, local=local, source=source)
+        inner = _from_pretrained(model_class, official, config, dtype=dtype, offline=offline, source=source)
     inner = inner.to(device=device, dtype=dtype).eval().requires_grad_(False)
     try:
         bridge = build_bridge_from_module(inner, architecture, hf_config=config, model_name=source)
-    except (KeyError, ValueError, NotImplementedError, AttributeError) as exc:
+    except LOADING_ERRORS as exc:
         raise ModelError(f"model {source}: transformer-lens does not support it ({_first_line(exc)})") from exc
     if tokenizer is not None:
         found = load_tokenizer(tokenizer)
@@ -284,51 +298,79 @@ def _from_transformers(
     return bridge, found, Path(source).resolve().name if local else source
 
 
-def _transformers_config(official: str, *, local: bool, random_init: int | None, source: str) -> Any:
+def _hub_answers() -> bool:
+    """Whether the model hub can be reached: asked once, since its client tries again for half a minute."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+    except Exception:  # of requests or httpx, depending on the version
+        return False
+    return True
+
+
+def _transformers_config(official: str, *, shape: dict[str, int] | None, offline: bool, source: str) -> Any:
     import transformers
 
-    if random_init is not None and official.rsplit("/", 1)[-1] in OFFLINE_CONFIGS and not local:
-        shape = OFFLINE_CONFIGS[official.rsplit("/", 1)[-1]]
+    if shape is not None:
         config = transformers.GPT2Config(**shape, architectures=["GPT2LMHeadModel"])  # type: ignore[arg-type]
     else:
         try:
-            config = transformers.AutoConfig.from_pretrained(official, local_files_only=local, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as exc:
-            raise _not_loaded(source, local=local, exc=exc) from exc
+            config = transformers.AutoConfig.from_pretrained(
+                official, local_files_only=offline, trust_remote_code=False
+            )
+        except LOADING_ERRORS as exc:
+            raise _not_loaded(source, offline=offline, exc=exc) from exc
     config._attn_implementation = "eager"  # other implementations never compute the patterns
     return config
 
 
-def _from_config(model_class: Any, config: Any) -> Any:
-    if hasattr(model_class, "_from_config"):
-        return model_class._from_config(config)
-    return model_class.from_config(config, attn_implementation="eager", trust_remote_code=False)
+def _from_config(model_class: Any, config: Any, *, seed: int, source: str) -> Any:
+    """Build a model with fresh weights; the caller's random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            if hasattr(model_class, "_from_config"):
+                return model_class._from_config(config)
+            return model_class.from_config(config, attn_implementation="eager", trust_remote_code=False)
+        except LOADING_ERRORS as exc:
+            raise ModelError(f"model {source}: no model can be built from its config ({_first_line(exc)})") from exc
 
 
 def _from_pretrained(
-    model_class: Any, official: str, config: Any, *, dtype: torch.dtype, local: bool, source: str
+    model_class: Any, official: str, config: Any, *, dtype: torch.dtype, offline: bool, source: str
 ) -> Any:
+    """Load weights from safetensors; weights that the checkpoint lacks would be random, and are refused."""
     try:
-        return model_class.from_pretrained(
+        found, report = model_class.from_pretrained(
             official,
             config=config,
             dtype=dtype,
             attn_implementation="eager",
             use_safetensors=True,
-            local_files_only=local,
+            local_files_only=offline,
             trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as exc:
-        raise _not_loaded(source, local=local, exc=exc) from exc
+    except LOADING_ERRORS as exc:
+        raise _not_loaded(source, offline=offline, exc=exc) from exc
+    missing = sorted(report["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelError(f"model {source}: the checkpoint has no weights for {', '.join(missing[:3])}{more}")
+    return found
 
 
-def _not_loaded(source: str, *, local: bool, exc: Exception) -> ModelError:
-    if not local:
+def _not_loaded(source: str, *, offline: bool, exc: Exception) -> ModelError:
+    folder = Path(source)
+    if not folder.is_dir():
+        why = "the model hub cannot be reached" if offline else f"the model hub has none to use ({_first_line(exc)})"
         return ModelError(
-            f"model {source}: not a local folder, and the model hub has no such model or cannot be reached; "
+            f"model {source}: not a local folder, and {why}; "
             "give a local folder, or --random-init SEED for fresh weights of a known architecture"
         )
-    folder = Path(source)
     if not (folder / "config.json").is_file():
         return ModelError(f"model {source}: the folder has no config.json")
     if not any(folder.glob("*.safetensors")):
@@ -347,7 +389,7 @@ def _sentencepiece_tokenizer(folder: Path, options: dict[str, Any]) -> Any:
     for loader in (transformers.AutoTokenizer, transformers.LlamaTokenizer):
         try:
             found = loader.from_pretrained(str(folder), **options)
-        except (OSError, ValueError, KeyError, TypeError, ImportError):
+        except LOADING_ERRORS:
             continue
         if all(
             list(found(text, add_special_tokens=False).input_ids) == reference.encode(text) for text in TOKENIZER_PROBES

@@ -98,7 +98,10 @@ class SiteShard:
 
     def write(self, chunk: int, encoded: EncodedChunk) -> None:
         """Append an encoded chunk to the file; called by the writer thread."""
-        self.writer.write(chunk, encoded.payload, encoded.crc)
+        try:
+            self.writer.write(chunk, encoded.payload, encoded.crc)
+        except OSError as exc:
+            raise write_error(exc, str(self.writer.path.parent)) from exc
         self.max_abs = max(self.max_abs, encoded.max_abs)
         self.max_abs_error = max(self.max_abs_error, encoded.max_abs_error)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from actdb.harvesting.harvest import Harvest, Progress
+from actdb.storage.folder import readable_bytes
 
 
 def summary(harvest: Harvest, out: Path) -> str:
@@ -21,10 +22,14 @@ def summary(harvest: Harvest, out: Path) -> str:
     ]
     for spec in info.sites:
         size = harvest.raw_bytes[spec.name]
-        lines.append(f"  {spec.name:<16} {_bytes(size):>9}  {spec.dtype} [{', '.join(spec.dims)}] {list(spec.shape)}")
+        lines.append(
+            f"  {spec.name:<16} {readable_bytes(size):>9}  {spec.dtype} [{', '.join(spec.dims)}] {list(spec.shape)}"
+        )
     total = sum(harvest.raw_bytes.values())
     free = shutil.disk_usage(_existing(out)).free
-    lines.append(f"{_bytes(total)} before encoding with {harvest.settings.codec}; {_bytes(free)} free for {out}")
+    lines.append(
+        f"{readable_bytes(total)} before encoding with {harvest.settings.codec}; {readable_bytes(free)} free for {out}"
+    )
     return "\n".join(lines)
 
 
@@ -36,19 +41,12 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
         def update(progress: Progress) -> None:
             bar.total = progress.n_tokens_planned
             bar.set_postfix_str(
-                f"{_bytes(progress.stored_bytes)}, part {progress.n_parts}/{progress.n_parts_planned}", refresh=False
+                f"{readable_bytes(progress.stored_bytes)}, part {progress.n_parts}/{progress.n_parts_planned}",
+                refresh=False,
             )
             bar.update(progress.n_tokens - bar.n)
 
         yield update
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 def _existing(path: Path) -> Path:

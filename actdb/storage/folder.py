@@ -207,6 +207,15 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def readable_bytes(size: float) -> str:
+    """Return a number of bytes as people read it: powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
 def write_error(exc: OSError, path: str) -> Exception:
     """Translate an operating-system error of a write."""
     if exc.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -51,14 +51,21 @@ def check_commit(folder: Folder, info: RunInfo, commit: Commit, *, content: bool
             yield Damage(record.path, str(exc), info.name, commit.part)
 
 
-def check_run_files(folder: Folder, info: RunInfo) -> Iterator[Damage]:
-    """Yield the damaged files of a run outside its parts: prompts, tokens, weights, Zarr metadata."""
+def check_run_files(folder: Folder, info: RunInfo, *, begun: bool = True) -> Iterator[Damage]:
+    """Yield the damaged files of a run outside its parts: prompts, tokens, weights, Zarr metadata.
+
+    They are all there before the first part is committed; a run that has not `begun` so may still lack them.
+    """
     for record in info.files:
+        if not begun and not folder.exists(record.path):
+            continue
         try:
             folder.check(record)
         except ActdbError as exc:
             yield Damage(record.path, str(exc), info.name)
     for name, expected in metadata_files(info).items():
+        if not begun and not folder.exists(name):
+            continue
         try:
             if folder.read_bytes(name) != expected:
                 raise DamageError(f"{folder.path(name)} is not the metadata that was written")
@@ -79,7 +86,7 @@ def check_database(snapshot: commits.Snapshot) -> Iterator[Damage]:
     for run, message in snapshot.damaged.items():
         yield Damage(f"{commits.RUNS}/{run}/run.json", f"{message}; it cannot be recomputed: remove the run", run)
     for run, held in snapshot.runs.items():
-        yield from check_run_files(folder, held.info)
+        yield from check_run_files(folder, held.info, begun=bool(held.parts))
         for part in held.parts:
             try:
                 commit = commits.read_commit(folder, run, part)
