@@ -3,13 +3,16 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from actdb.errors import ActdbError
 from actdb.output import emit, output_options
 from actdb.version import __version__
+
+if TYPE_CHECKING:
+    from actdb.database import Database
 
 DATABASE = click.argument("database", type=click.Path(path_type=Path))
 RUN = click.option("--run", metavar="NAME", help="The run; default: the only or newest one.")
@@ -253,7 +256,7 @@ def sql(database: Path, query: str | None, schema: bool, format: str | None, out
 
             run_shell(db.sql, db.sql_words())
             return
-        result = db.sql(click.get_text_stream("stdin").read() if query in (None, "-") else str(query))
+        result = db.sql(sys.stdin.read() if query in (None, "-") else str(query))
         emit(result.columns, result.arrow(), format, output)
 
 
@@ -347,10 +350,10 @@ def _emit_table(columns: Sequence[str], rows: Any) -> None:
     emit(columns, rows, "table")
 
 
-def _open(database: Path) -> Any:
-    from actdb.database import open as open_database
+def _open(database: Path) -> "Database":
+    from actdb.database import Database
 
-    return open_database(database)
+    return Database(database)
 
 
 def _run_state(path: Path, name: str) -> str:

@@ -283,7 +283,7 @@ def _random(generator: np.random.Generator, spec: SiteSpec, n: int) -> npt.NDArr
 def serve() -> None:
     """Fork a child for each line `{"out": …, "run": …}` on stdin, which harvests and exits; never runs the model here.
 
-    Prints the child's process id, and when it is gone its exit status: negative where a signal ended it. Torch is loaded
+    Prints the child's process id, and when it is gone its exit status, negative after a signal. Torch is loaded
     once for hundreds of harvests, and since this process has one thread and runs nothing, forking it is safe.
     """
     torch.set_num_threads(1)

@@ -172,7 +172,7 @@ def test_many_tiny_runs(tmp_path: Path) -> None:
 
 
 def test_imports_stay_light() -> None:
-    heavy = "torch zarr duckdb pyarrow transformer_lens transformers matplotlib pandas tqdm".split()
+    heavy = ["torch", "zarr", "duckdb", "pyarrow", "transformer_lens", "transformers", "matplotlib", "pandas", "tqdm"]
     code = f"import sys, actdb, actdb.cli; sys.exit(' '.join(m for m in {heavy} if m in sys.modules) or None)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +109,8 @@ def test_killed_at_random_moments_again_and_again(tmp_path: Path, server: Server
     for _ in range(N_KILLS):
         pid = server.start(out, n_prompts=200)
         time.sleep(generator.uniform(0, duration / 3))
-        try:
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         kills += server.wait() == -signal.SIGKILL
         check_partial(out)
     assert kills >= 10

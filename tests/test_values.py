@@ -1,4 +1,4 @@
-"""Stored values equal `run_with_cache` of the single unpadded prompt, on every kind of model, at any batch composition."""
+"""Stored values equal `run_with_cache` of the single unpadded prompt: every kind of model, any batch composition."""
 
 from pathlib import Path
 from typing import Any
@@ -180,8 +180,8 @@ def test_plain_module(tmp_path: Path, causal: bool) -> None:
         for layer, block in enumerate(module.blocks):
             for site in ("pattern", "z", "k"):
                 point = getattr(block.attn, f"hook_{site}")
-                point.add_hook(lambda t, hook, key=f"{site}{layer}": seen.__setitem__(key, t.clone()))
-        module.hook_pooled.add_hook(lambda t, hook: seen.__setitem__("pooled", t.clone()))
+                point.add_hook(lambda t, hook, seen=seen, key=f"{site}{layer}": seen.__setitem__(key, t.clone()))
+        module.hook_pooled.add_hook(lambda t, hook, seen=seen: seen.__setitem__("pooled", t.clone()))
         with torch.inference_mode():
             module(torch.tensor([given["tokens"]]))
         for part in module.modules():

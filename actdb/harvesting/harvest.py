@@ -3,6 +3,7 @@
 import platform
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from actdb.errors import RunError, SettingError, SpaceError
+from actdb.errors import ModelError, RunError, SettingError, SpaceError
 from actdb.harvesting import plan as planning
 from actdb.harvesting.capture import Intervention, PaddedBatch, pad_batch, run_batch, site_hooks
 from actdb.harvesting.models import Model, load_model, weights_sha256
@@ -102,17 +103,19 @@ def plan_harvest(
 def run_harvest(harvest: Harvest, out: str | Path, *, progress: Callable[[Progress], None] | None = None) -> None:
     """Carry a plan out into a database: claim the run, compute the parts that are missing or damaged.
 
-    Raises `RunError` where the name is taken by another plan, `SpaceError` where the disk is too small.
+    Raises `RunError` where the name is taken by another plan, and before anything is written `SpaceError` where the
+    disk is too small and `OverflowingError` where `--store` is too narrow.
     """
+    if not Path(out, commits.RUNS, harvest.info.name, "run.json").exists():
+        _check_space(Path(out), harvest, range(harvest.info.n_parts))
+        _check_range(harvest)
     folder = Folder.create(out)
     folder.sweep()
     info = _claim(folder, harvest)
     missing, damaged = _pending(folder, harvest)
     pending = [*missing, *damaged]
-    _check_space(folder, harvest, pending)
+    _check_space(folder.root, harvest, pending)
     if pending:
-        if len(missing) == info.n_parts:
-            _check_range(harvest)
         _compute(folder, replace(harvest, info=info), sorted(pending), set(damaged), progress)
     folder.sweep()
 
@@ -168,7 +171,7 @@ def _make_plan(
         causal=found.causal,
         positions=settings.positions,
         batch_tokens=batch_tokens,
-        equal_length=not found.causal and not model.takes_mask,
+        equal_length=(not found.causal and not model.takes_mask) or any(site.kind == "prompt" for site in sites),
         part_rows=part_rows,
         part_entries=part_entries,
         row_multiple=max((chunks[s.name] for s in sites if s.kind != "entry"), default=1),
@@ -266,7 +269,6 @@ def _claim(folder: Folder, harvest: Harvest) -> RunInfo:
     """Write the run's own files and claim its name, or check that a run of that name has the same plan."""
     info = harvest.info
     if not folder.exists(f"{commits.RUNS}/{info.name}/run.json"):
-        _check_space(folder, harvest, range(info.n_parts))
         with _run_files(folder, harvest) as files:
             info = replace(info, files=files.records)
             if commits.claim_run(folder, info):
@@ -394,15 +396,16 @@ def _intact(folder: Folder, info: RunInfo, part: int) -> bool:
     return next(verify.check_commit(folder, info, commit), None) is None
 
 
-def _check_space(folder: Folder, harvest: Harvest, parts: Sequence[int]) -> None:
+def _check_space(out: Path, harvest: Harvest, parts: Sequence[int]) -> None:
     """Refuse a harvest whose raw bytes do not fit the disk; encoding only makes them fewer."""
     if not len(parts):
         return
     needed = sum(planning.raw_bytes(spec, harvest.layout, parts) for spec in harvest.info.sites)
-    free = shutil.disk_usage(folder.root).free
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
     if needed + HEADROOM_BYTES > free:
         raise SpaceError(
-            f"the harvest needs up to {readable_bytes(needed)} and {folder.root} has {readable_bytes(free)} free; "
+            f"the harvest needs up to {readable_bytes(needed)} and {out} has {readable_bytes(free)} free; "
             "choose fewer --sites or --layers, --positions last, or another -o"
         )
 
@@ -509,7 +512,10 @@ def _run_part_batch(
     statistics: HeadStatistics | None,
     dtypes: Mapping[str, str],
 ) -> None:
+    received = Counter[str]()
+
     def receive(site: HarvestSite, index: int, block: torch.Tensor) -> None:
+        received[site.name] += 1
         writer.append(site.name, index, block.cpu().numpy())
 
     hooks = site_hooks(harvest.sites, batch, dtypes, receive)
@@ -518,5 +524,11 @@ def _run_part_batch(
         more, collect = statistics.hooks(batch)
         hooks += more
     run_batch(harvest.model, batch, hooks, interventions=harvest.interventions, unembed=harvest.probe.needs_unembed)
+    for site in harvest.sites:
+        if received[site.name] != len(site.points):
+            raise ModelError(
+                f"{harvest.model.name} passed site {site.name!r} {received[site.name]} times in a batch, but "
+                f"{len(site.points)} times in the probe: what it computes depends on its input, which cannot be stored"
+            )
     if collect is not None:
         collect(prompt_ids)

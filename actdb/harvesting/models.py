@@ -6,7 +6,8 @@ Nothing is unpickled and no remote code is run: weights come from safetensors, c
 import hashlib
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -164,7 +165,6 @@ def _from_module(module: torch.nn.Module, *, tokenizer: Any, processing: str, na
             f"{type(module).__name__} is no hooked module: it needs TransformerLens HookPoints and a `cfg`"
         )
     flags = _process(module, processing)
-    module.eval()
     call, takes_mask = _caller(module)
     parameter = next(iter(module.parameters()), torch.zeros(()))
     dtype = next((key for key, value in DTYPES.items() if value == parameter.dtype), str(parameter.dtype)[6:])
@@ -190,6 +190,20 @@ def hook_points(module: torch.nn.Module) -> dict[str, HookPoint]:
     if isinstance(registry, Mapping) and registry:
         return dict(registry)
     return {name: part for name, part in module.named_modules() if isinstance(part, HookPoint)}
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Keep dropout out while the context is open; what was in training mode is so again afterwards."""
+    roots = (module, getattr(module, "original_model", module))
+    training = [part for root in roots for part in root.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def _process(module: torch.nn.Module, processing: str) -> dict[str, Any]:

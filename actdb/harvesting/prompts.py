@@ -83,7 +83,7 @@ def check_prompts(items: Iterable[tuple[str, Any]], source: str) -> Prompts:
             if len(column) < len(texts):
                 column.append(None)
     if not texts:
-        raise PromptError(f"{source} holds no prompts")
+        raise PromptError(f"{source}: no prompts")
     columns = {name: tuple(_widen(values)) for name, values in labels.items()}
     content = hashlib.sha256()
     for i, (text, ids) in enumerate(zip(texts, tokens, strict=True)):
@@ -158,6 +158,8 @@ def _content(item: Any, where: str) -> tuple[str | None, tuple[int, ...] | None]
         raise PromptError(f'{where}: no "text" and no "tokens"')
     if text is not None and not isinstance(text, str):
         raise PromptError(f'{where}: "text" is not a string')
+    if text is not None:
+        _check_unicode(text, f'{where}: "text"')
     if ids is None and not text:
         raise PromptError(f"{where}: the prompt is empty")
     if ids is None:
@@ -174,17 +176,30 @@ def _content(item: Any, where: str) -> tuple[str | None, tuple[int, ...] | None]
     return text, tuple(whole)
 
 
+def _check_unicode(text: str, what: str) -> None:
+    """Refuse lone surrogates, which JSON can spell and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise PromptError(f"{what} holds {text[exc.start]!r}, which is no character") from exc
+
+
 def _label(name: Any, value: Any, where: str, kinds: dict[str, tuple[str, str]]) -> Any:
     """Check one label value against the column's kind so far."""
+    if not isinstance(name, str):
+        raise PromptError(f"{where}: label name {name!r} is not a string")
     if name in RESERVED:
         raise PromptError(f"{where}: a label may not be called {name!r}; rename it")
-    if hasattr(value, "item"):
+    _check_unicode(name, f"{where}: label name {name!r}")
+    if hasattr(value, "item") and not getattr(value, "ndim", 0):
         value = value.item()
     if value is None or (isinstance(value, float) and value != value):
         return None
     kind = LABEL_TYPES.get(type(value))
     if kind is None:
         raise PromptError(f"{where}: label {name!r} is a {type(value).__name__}; use a string, number or boolean")
+    if isinstance(value, str):
+        _check_unicode(value, f"{where}: label {name!r}")
     if isinstance(value, float) and value in (float("inf"), float("-inf")):
         raise PromptError(f"{where}: label {name!r} is not finite")
     if kind == "number" and abs(value) >= 2**63:
@@ -240,24 +255,37 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
+            names = list(reader.fieldnames or ())
             rows = [(reader.line_num, row) for row in reader]
         except csv.Error as exc:
             raise PromptError(f"{path}, line {reader.line_num}: not CSV ({exc})") from exc
-    columns = {name: _typed([row.get(name) for _, row in rows]) for name in reader.fieldnames or () if name != "text"}
+    for name in names:
+        if names.count(name) > 1:
+            raise PromptError(f"{path}, line 1: two columns are called {name!r}")
+    columns = {name: _typed([row.get(name) for _, row in rows]) for name in names if name not in ("text", "tokens")}
     for i, (number, row) in enumerate(rows):
         if None in row:
             raise PromptError(f"{path}, line {number}: more cells than the header has columns")
         item = {name: values[i] for name, values in columns.items() if values[i] is not None}
         if row.get("text"):
             item["text"] = row["text"]
-        if "tokens" in item:
-            item["tokens"] = [int(word) for word in str(item["tokens"]).strip("[] ").replace(",", " ").split()]
+        if row.get("tokens"):
+            item["tokens"] = _whole_numbers(row["tokens"], f"{path}, line {number}")
         yield f"line {number}", item
+
+
+def _whole_numbers(text: str, where: str) -> list[int]:
+    """Read token ids separated by spaces or commas, in brackets or not."""
+    try:
+        return [int(word) for word in text.strip("[] ").replace(",", " ").split()]
+    except ValueError as exc:
+        raise PromptError(f'{where}: "tokens" is not a list of whole numbers') from exc
 
 
 def _typed(values: list[Any]) -> list[Any]:
     present = [value for value in values if value not in (None, "")]
-    for convert in (int, float):
+    grouped = any("_" in value for value in present)  # Python reads 1_000 as a number; nobody else does
+    for convert in () if grouped else (int, float):
         try:
             return [None if value in (None, "") else convert(value) for value in values]
         except ValueError:

@@ -9,7 +9,7 @@ import torch
 from transformer_lens.hook_points import HookPoint
 
 from actdb.errors import ModelError, SettingError, SiteError
-from actdb.harvesting.models import Model
+from actdb.harvesting.models import Model, evaluating
 from actdb.schema import SITE_NAME
 
 LAYER_SITES = {
@@ -38,6 +38,7 @@ WIDTHS = {
 FORK_FLAGS = ("hook_q_input", "hook_k_input", "hook_v_input", "hook_attn_in", "hook_mlp_in", "attn.hook_result")
 UNEMBED = "unembed.hook_in"
 PROBE_BATCH, PROBE_TOKENS = 2, 7
+CAUSAL_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,20 @@ class Probe:
     needs_unembed: bool
 
 
+@dataclass(frozen=True)
+class Sighting:
+    """What a hook point saw in one pass: its activation, how often it fired, whether the unembedding had begun."""
+
+    value: torch.Tensor
+    n_times: int
+    late: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the activation."""
+        return tuple(self.value.shape)
+
+
 class UnembeddingReached(Exception):
     """Raised by a hook to leave a forward pass before the unembedding."""
 
@@ -88,18 +103,21 @@ def probe(model: Model, names: Sequence[str] | None, *, layers: Sequence[int] | 
     z_points = _present(model, LAYER_SITES["z"], chosen)
     every = {id(p): p for points in found.values() for p in points.values()}
     every |= {id(p): p for p in (*patterns.values(), *z_points.values())}
-    shapes, causal = _run(model, every, patterns)
+    seen, causal = _run(model, every, patterns)
     sites = []
     for name in wanted:
         try:
-            sites.append(_site(model, name, found[name], chosen, shapes))
+            sites.append(_site(model, name, found[name], chosen, seen))
         except SiteError as exc:
             if names is not None:
-                raise SiteError(f"{exc}; available: {', '.join(_available(model, chosen, shapes))}") from None
-    late = any(site.hook.startswith("unembed.") or _is_late(model, site) for site in sites)
-    fired = {layer: point for layer, point in patterns.items() if id(point) in shapes}
-    z_fired = {layer: point for layer, point in z_points.items() if len(shapes.get(id(point), ())) == 4}
-    return Probe(tuple(sites), causal, fired, z_fired, late)
+                raise SiteError(f"{exc}; available: {', '.join(_available(model, chosen))}") from None
+    if names is None and not sites:
+        raise SiteError(
+            f"{model.name} has none of the default sites {', '.join(DEFAULT_SITES)}; name --sites, or none for "
+            f"statistics only; available: {', '.join(_available(model, chosen))}"
+        )
+    late = any(seen[id(point)].late for site in sites for point in site.points)
+    return Probe(tuple(sites), causal, _usable(patterns, seen), _usable(z_points, seen), late)
 
 
 def attach(stack: ExitStack, point: HookPoint, function: Any) -> None:
@@ -110,7 +128,7 @@ def attach(stack: ExitStack, point: HookPoint, function: Any) -> None:
 
 def forward(model: Model, ids: torch.Tensor, mask: torch.Tensor | None, *, unembed: bool) -> Any:
     """Run a model; without `unembed`, leave right before the unembedding, where the model names one."""
-    with torch.inference_mode(), ExitStack() as stack:
+    with evaluating(model.module), torch.inference_mode(), ExitStack() as stack:
         if not unembed and UNEMBED in model.hook_points:
             attach(stack, model.hook_points[UNEMBED], _leave)
             try:
@@ -153,44 +171,60 @@ def _present(model: Model, suffix: str, layers: tuple[int, ...]) -> dict[int, Ho
     return {layer: model.hook_points[name] for layer, name in names.items() if name in model.hook_points}
 
 
+def _usable(points: Mapping[int, HookPoint], seen: Mapping[int, Sighting]) -> dict[int, HookPoint]:
+    """Return the hook points that statistics can use: fired once, on four axes."""
+    sightings = {layer: seen.get(id(point)) for layer, point in points.items()}
+    return {layer: points[layer] for layer, s in sightings.items() if s and s.n_times == 1 and s.value.ndim == 4}
+
+
 def _run(
     model: Model, points: Mapping[int, HookPoint], patterns: Mapping[int, HookPoint]
-) -> tuple[dict[int, tuple[int, ...]], bool]:
+) -> tuple[dict[int, Sighting], bool]:
     """Run a small random batch twice, the second time with the last token changed.
 
-    Returns the shape that each hook point saw, and whether nothing before the last position changed (and no pattern
-    looks ahead): causality is measured, not read from the configuration.
+    Returns what each hook point saw, and whether nothing before the last position changed (and no pattern looks
+    ahead): causality is measured, not read from the configuration.
     """
-    n_vocab = int(model.config["d_vocab"] or 2)
-    n_tokens = min(PROBE_TOKENS, int(model.config["n_ctx"] or PROBE_TOKENS))
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, n_vocab, (PROBE_BATCH, n_tokens), generator=generator).to(model.device)
+    ids = _probe_ids(model)
     changed = ids.clone()
-    changed[:, -1] = (changed[:, -1] + 1) % n_vocab
+    changed[:, -1] = (changed[:, -1] + 1) % int(model.config["d_vocab"] or 2)
     before, after = _record(model, points, ids), _record(model, points, changed)
-    shapes = {key: tuple(value.shape) for key, value in before.items()}
+    looking = {id(point) for point in patterns.values()}
     causal = True
-    for key, value in before.items():
-        if id(patterns.get(next((i for i, p in patterns.items() if id(p) == key), -1))) == key:
+    for key, sighting in before.items():
+        value = sighting.value
+        if key in looking:
             causal &= not bool(torch.triu(value, diagonal=1).any())
         elif value.ndim >= 3 and value.shape[:2] == ids.shape:
-            earlier = slice(None, -1)
-            causal &= bool(
-                torch.allclose(value[:, earlier], after[key][:, earlier], rtol=1e-3, atol=1e-3, equal_nan=True)
-            )
-    return shapes, causal
+            causal &= _unchanged(value[:, :-1], after[key].value[:, :-1])
+    return before, causal
 
 
-def _record(model: Model, points: Mapping[int, HookPoint], ids: torch.Tensor) -> dict[int, torch.Tensor]:
-    seen: dict[int, torch.Tensor] = {}
+def _unchanged(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether two activations [batch, pos, …] agree to rounding, measured on each position's own scale."""
+    if not before.numel() or not before.is_floating_point():
+        return bool(torch.equal(before, after))
+    wide, other = before.flatten(2).double(), after.flatten(2).double()
+    tolerance = max(CAUSAL_TOLERANCE, 4 * torch.finfo(before.dtype).eps)
+    near = (wide - other).abs() <= tolerance * wide.abs().amax(-1, keepdim=True)
+    return bool((near | (wide == other) | (wide.isnan() & other.isnan())).all())
+
+
+def _record(model: Model, points: Mapping[int, HookPoint], ids: torch.Tensor) -> dict[int, Sighting]:
+    """Run a batch and return what each hook point saw, by the identity of the point."""
+    seen: dict[int, Sighting] = {}
+    unembedding: list[bool] = []
     with ExitStack() as stack:
         for key, point in points.items():
 
             def keep(tensor: Any, hook: Any, key: int = key) -> None:
                 if isinstance(tensor, torch.Tensor):
-                    seen[key] = tensor.detach().clone()
+                    n_times = seen[key].n_times + 1 if key in seen else 1
+                    seen[key] = Sighting(tensor.detach().clone(), n_times, bool(unembedding))
 
             attach(stack, point, keep)
+        if UNEMBED in model.hook_points:
+            attach(stack, model.hook_points[UNEMBED], lambda tensor, hook: unembedding.append(True))
         mask = torch.ones_like(ids) if model.takes_mask else None
         try:
             forward(model, ids, mask, unembed=True)
@@ -205,18 +239,21 @@ def _site(
     name: str,
     points: Mapping[int | None, HookPoint],
     layers: tuple[int, ...],
-    shapes: Mapping[int, tuple[int, ...]],
+    seen: Mapping[int, Sighting],
 ) -> HarvestSite:
     """Check one site's shape against the configuration; raises `SiteError` where it does not fit its name."""
     if not SITE_NAME.fullmatch(name):
         raise SiteError(f"site {name!r} is not usable as a name")
-    fired = {layer: shapes[id(point)] for layer, point in points.items() if id(point) in shapes}
+    fired = {layer: seen[id(point)].shape for layer, point in points.items() if id(point) in seen}
     if not fired:
         gated = " (switched off in this model)" if name.endswith(FORK_FLAGS) else ""
         raise SiteError(f"{model.name} has no site {name!r}{gated}")
     if None not in fired and len(fired) != len(layers) and set(fired) != set(layers):
         missing = sorted(set(layers) - {layer for layer in fired if layer is not None})
         raise SiteError(f"{model.name} has no site {name!r} in layers {missing}; choose --layers that have it")
+    n_times = max(seen[id(points[layer])].n_times for layer in fired)
+    if n_times > 1:
+        raise SiteError(f"{model.name} passes site {name!r} {n_times} times in one run, which cannot be stored")
     if len(set(fired.values())) != 1:
         raise SiteError(f"{model.name} has site {name!r} in several shapes: {sorted(set(fired.values()))}")
     shape = next(iter(fired.values()))
@@ -240,7 +277,7 @@ def _site(
 def _kind(model: Model, name: str, shape: tuple[int, ...]) -> tuple[str, str | None, int | None]:
     """Return (kind, head dimension's name, heads) of an activation of this shape."""
     n_heads, n_kv = model.config["n_heads"], model.config["n_kv_heads"]
-    n_tokens = min(PROBE_TOKENS, int(model.config["n_ctx"] or PROBE_TOKENS))
+    n_tokens = _probe_length(model)
     batched = shape[:1] == (PROBE_BATCH,)
     if batched and len(shape) == 4 and shape[2:] == (n_tokens, n_tokens) and shape[1] == n_heads:
         return "entry", "head", shape[1]
@@ -266,22 +303,15 @@ def _check_width(
         raise SiteError(f"{model.name} has site {name!r} with {n_heads} heads, not {model.config['n_heads']}")
 
 
-def _is_late(model: Model, site: HarvestSite) -> bool:
-    """Whether a site's hook fires after the unembedding has begun."""
-    return any(
-        point is model.hook_points.get(name) for name in ("unembed.hook_out", "hook_unembed") for point in site.points
-    )
-
-
-def _available(model: Model, layers: tuple[int, ...], shapes: Mapping[int, tuple[int, ...]]) -> list[str]:
+def _available(model: Model, layers: tuple[int, ...]) -> list[str]:
     """Return the named sites that would pass, with a hint at other hooks."""
     names = []
     candidates = {name: _points(model, name, layers) for name in (*LAYER_SITES, *MODEL_SITES)}
     every = {id(p): p for points in candidates.values() for p in points.values()}
-    seen = {key: tuple(value.shape) for key, value in _record(model, every, _probe_ids(model)).items()}
+    seen = _record(model, every, _probe_ids(model))
     for name, points in candidates.items():
         try:
-            _site(model, name, points, layers, {**shapes, **seen})
+            _site(model, name, points, layers, seen)
         except SiteError:
             continue
         names.append(name)
@@ -289,5 +319,13 @@ def _available(model: Model, layers: tuple[int, ...], shapes: Mapping[int, tuple
 
 
 def _probe_ids(model: Model) -> torch.Tensor:
-    n_tokens = min(PROBE_TOKENS, int(model.config["n_ctx"] or PROBE_TOKENS))
-    return torch.zeros((PROBE_BATCH, n_tokens), dtype=torch.long, device=model.device)
+    generator = torch.Generator().manual_seed(0)
+    shape = (PROBE_BATCH, _probe_length(model))
+    return torch.randint(0, int(model.config["d_vocab"] or 2), shape, generator=generator).to(model.device)
+
+
+def _probe_length(model: Model) -> int:
+    """Return the probe's tokens a prompt: as many as no other axis has, so that a shape tells its axes apart."""
+    longest = min(PROBE_TOKENS, int(model.config["n_ctx"] or PROBE_TOKENS))
+    taken = {PROBE_BATCH, *(model.config[name] for name in ("n_heads", "n_kv_heads", *set(WIDTHS.values())))}
+    return next((n for n in range(longest, 1, -1) if n not in taken), longest)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from transformer_lens.hook_points import HookPoint
 
+from actdb.errors import OverflowingError
 from actdb.harvesting.capture import PaddedBatch
 
 PATTERN_COLUMNS = (
@@ -151,10 +152,21 @@ class HeadStatistics:
                     for kind, width in widths.items()
                 ]
                 layers.append(torch.cat(filled, dim=-1))  # type: ignore[arg-type]
+            values = torch.stack(layers, dim=1).cpu().numpy()  # [batch, layer, head, column]
+            self._check(values)
             self._prompts.append(prompt_ids)
-            self._values.append(torch.stack(layers, dim=1).cpu().numpy())  # [batch, layer, head, column]
+            self._values.append(values)
 
         return hooks, collect
+
+    def _check(self, values: npt.NDArray[np.float64]) -> None:
+        """Refuse statistics of activations that are not finite; a NaN elsewhere means that no query has a target."""
+        for column, points in ((0, self._patterns), (len(PATTERN_COLUMNS), self._z_points)):
+            for i, layer in enumerate(self._layers):
+                if layer in points and not np.isfinite(values[:, i, :, column]).all():
+                    raise OverflowingError(
+                        f"attention of layer {layer} is not finite: the model itself overflows; try --dtype float32"
+                    )
 
     def table(self) -> Any:
         """Return a pyarrow table of everything collected, sorted by prompt, layer, head."""

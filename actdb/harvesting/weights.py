@@ -42,7 +42,7 @@ def weight_tensors(model: Model, layers: Sequence[int]) -> dict[str, dict[str, t
 def write_weights(
     folder: Folder, sha256: str, files: Mapping[str, Mapping[str, torch.Tensor]]
 ) -> tuple[FileRecord, ...]:
-    """Write the files that are not there yet or are damaged, bfloat16 widened to float32; returns the records of all."""
+    """Write the files that are missing or damaged, bfloat16 widened to float32; returns the records of all."""
     from safetensors.torch import save
 
     records = []
