@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: a second thread costs more than it brings
 
 D_VOCAB, N_CTX = 48, 24
 SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": D_VOCAB}
@@ -95,16 +96,21 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
 
 @pytest.fixture(scope="session")
-def bridge() -> Callable[[str], Any]:
-    """Return a function from a kind of model to its bridge, made without actdb."""
+def bridge() -> Callable[..., Any]:
+    """Return a function from a kind of model to its bridge, made without actdb: `bridge("gpt2", folded=True)`."""
 
     @cache
-    def made(kind: str) -> Any:
+    def made(kind: str, *, dtype: str = "float32", folded: bool = False) -> Any:
+        import torch
         from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
         if kind in NATIVE:
-            return native_model(kind)
-        model = hugging_face_model(kind)
-        return build_bridge_from_module(model, type(model).__name__, hf_config=model.config, model_name=kind)
+            found = native_model(kind)
+        else:
+            model = hugging_face_model(kind).to(getattr(torch, dtype))
+            found = build_bridge_from_module(model, type(model).__name__, hf_config=model.config, model_name=kind)
+        if folded:
+            found.enable_compatibility_mode(disable_warnings=True)
+        return found
 
     return made

@@ -57,14 +57,15 @@ def stored_statistics(db: actdb.Database, run: str) -> dict[tuple[int, int, int]
     return {row[:3]: row[3:] for row in rows}
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_every_column_equals_the_loops(tmp_path: Path, causal: bool) -> None:
-    prompts = [*random_prompts(12, d_vocab=5, longest=9), {"tokens": [3]}, {"tokens": [0, 1, 2]}]
-    module = TinyModel(causal=causal, n_heads=4, n_kv_heads=2)
-    run = actdb.harvest(module, prompts, tmp_path / "x.actdb", store="float32", batch_tokens=30, sites=["pattern", "z"])
-    with actdb.open(tmp_path / "x.actdb") as db:
+PROMPTS = [*random_prompts(12, d_vocab=5, longest=9), {"tokens": [3]}, {"tokens": [0, 1, 2]}]
+"""Tokens that repeat, one that stands alone, and some without any repetition."""
+
+
+def check_statistics(path: Path, run: actdb.Run) -> None:
+    """Compare every column with the loops over the stored arrays."""
+    with actdb.open(path) as db:
         found = stored_statistics(db, run.name)
-    assert len(found) == len(prompts) * 2 * 4
+    assert sorted(found) == [(p, layer, head) for p in range(len(PROMPTS)) for layer in range(2) for head in range(4)]
     nulls = 0
     for (prompt, layer, head), values in found.items():
         w = run["pattern"].sel(layer=layer, head=head, prompt=prompt).numpy().astype(np.float64)
@@ -76,6 +77,41 @@ def test_every_column_equals_the_loops(tmp_path: Path, causal: bool) -> None:
             assert (value is None) == (want is None), (prompt, name)
             assert value is None or abs(value - want) <= 2e-6 * max(1.0, abs(want)), (prompt, layer, head, name)
     assert nulls > 0
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_every_column_equals_the_loops(tmp_path: Path, causal: bool) -> None:
+    module = TinyModel(causal=causal, n_heads=4, n_kv_heads=2)
+    run = actdb.harvest(module, PROMPTS, tmp_path / "x.actdb", store="float32", batch_tokens=30, sites=["pattern", "z"])
+    check_statistics(tmp_path / "x.actdb", run)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("gpt2", {}),
+        ("gpt2", {"processing": "folded"}),
+        ("gpt2", {"dtype": "bfloat16"}),
+        ("llama", {"part_tokens": 20}),
+        ("bert", {}),
+    ],
+)
+def test_every_column_of_real_architectures(
+    model_folder: Any, tmp_path: Path, kind: str, settings: dict[str, Any]
+) -> None:
+    """Grouped queries, folded weights, half precision (statistics are float32 all the same), squares."""
+    run = actdb.harvest(model_folder(kind), PROMPTS, tmp_path / "x.actdb", store="float32", batch_tokens=40, **settings)
+    assert run.info.causal == (kind != "bert")
+    check_statistics(tmp_path / "x.actdb", run)
+
+
+def test_layers_keep_their_numbers(tmp_path: Path) -> None:
+    out = tmp_path / "x.actdb"
+    actdb.harvest(TinyModel(), PROMPTS, out, run="both", sites="none")
+    actdb.harvest(TinyModel(), PROMPTS, out, run="second", sites="none", layers=[1])
+    with actdb.open(out) as db:
+        both, second = stored_statistics(db, "both"), stored_statistics(db, "second")
+    assert second == {key: row for key, row in both.items() if key[1] == 1}
 
 
 def test_statistics_do_not_depend_on_what_is_stored_or_on_batches(tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ def summary(harvest: Harvest, out: Path) -> str:
     """Return the plan as text: run, prompts, parts, bytes of each site before encoding, free disk."""
     info, tokens, parts = harvest.info, harvest.tokens, harvest.info.n_parts
     cut = int((tokens.truncated > 0).sum())
+    part_note = "1 part" if parts == 1 else f"{parts:,} parts"
     cut_note = f"; {cut:,} prompts cut to fit the context" if cut else ""
     lines = [
         f"run {info.name}: {info.model['model']}, {info.plan['dtype']} on {info.environment['device']}",
-        f"{info.n_prompts:,} prompts, {int(tokens.lengths.sum()):,} tokens, parts: {parts}{cut_note}",
+        f"{info.n_prompts:,} prompts, {info.plan['n_tokens']:,} tokens, {info.n_rows:,} rows in {part_note}{cut_note}",
     ]
     for spec in info.sites:
         size = harvest.raw_bytes[spec.name]

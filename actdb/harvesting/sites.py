@@ -279,8 +279,9 @@ def _kind(model: Model, name: str, shape: tuple[int, ...]) -> tuple[str, str | N
     n_heads, n_kv = model.config["n_heads"], model.config["n_kv_heads"]
     n_tokens = _probe_length(model)
     batched = shape[:1] == (PROBE_BATCH,)
-    if batched and len(shape) == 4 and shape[2:] == (n_tokens, n_tokens) and shape[1] == n_heads:
-        return "entry", "head", shape[1]
+    square = len(shape) == 4 and shape[1:] == (n_heads, n_tokens, n_tokens)
+    if batched and square and WIDTHS.get(name) != "d_head":
+        return "entry", "head", n_heads
     if batched and len(shape) == 4 and shape[1] == n_tokens and shape[2] in (n_heads, n_kv):
         kv = name in ("k", "v") or (shape[2] == n_kv and n_kv != n_heads)
         return "row", "kv_head" if kv else "head", shape[2]
