@@ -1,6 +1,7 @@
 """The plan is a pure function of its inputs that loses nothing, overlaps nowhere and keeps its capacities."""
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ def test_batches(lengths: Lengths, batch_tokens: int, equal_length: bool) -> Non
         assert not equal_length or len(set(held.tolist())) == 1
     longest = [int(lengths[batch].max()) for batch in batches]
     assert longest == sorted(longest)
-    for batch, following in zip(batches, batches[1:], strict=False):  # no batch ends early
+    for batch, following in pairwise(batches):  # no batch ends early
         joined = (len(batch) + 1) * int(lengths[following[0]])
         assert joined > batch_tokens or (equal_length and lengths[batch[0]] != lengths[following[0]])
 
@@ -85,7 +86,7 @@ def test_batches(lengths: Lengths, batch_tokens: int, equal_length: bool) -> Non
 def test_parts_keep_both_capacities(sizes: list[tuple[int, ...]], capacities: tuple[int, ...]) -> None:
     parts = pack_parts(sizes, capacities)
     assert parts[0] == 0
-    assert all(later - earlier in (0, 1) for earlier, later in zip(parts, parts[1:], strict=False))
+    assert all(later - earlier in (0, 1) for earlier, later in pairwise(parts))
     filled = np.zeros((parts[-1] + 1, 2), int)
     np.add.at(filled, parts, sizes)
     assert (filled <= capacities).all()
