@@ -187,7 +187,8 @@ def harvest(model: str, prompts: Path, out: Path | None, dry_run: bool, **option
     actdb harvest gpt2-small prompts.jsonl --random-init 0 --sites none
     """
     click.echo("loading ...", err=True)
-    from actdb.harvesting.harvest import plan_harvest, run_harvest
+    from actdb.harvesting.execution import run_harvest
+    from actdb.harvesting.harvest import plan_harvest
     from actdb.harvesting.report import progress_bar, summary
     from actdb.harvesting.settings import Settings, parse_sites
 

@@ -114,7 +114,8 @@ def harvest(
         random_init=random_init,
         hooks_id=hooks_id,
     )
-    from actdb.harvesting.harvest import plan_harvest, run_harvest
+    from actdb.harvesting.execution import run_harvest
+    from actdb.harvesting.harvest import plan_harvest
 
     planned = plan_harvest(
         model, prompts if not isinstance(prompts, os.PathLike) else Path(prompts), settings, hooks=hooks

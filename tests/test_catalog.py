@@ -23,6 +23,7 @@ import pytest
 from actdb import catalog
 from actdb.catalog import (
     SCHEMA,
+    build,
     check_catalog,
     check_select,
     check_table_name,
@@ -33,6 +34,7 @@ from actdb.catalog import (
     run_query,
     schema_text,
 )
+from actdb.catalog import connection as connecting
 from actdb.errors import DamageError, SettingError, SqlError
 from actdb.schema import Commit, RunInfo, SiteSpec, SiteTally
 from actdb.storage.commits import Snapshot, claim_run, read_run, table_name, take_snapshot, write_commit
@@ -169,8 +171,8 @@ def refuse_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise AssertionError("the catalog was built again")
 
-    monkeypatch.setattr(catalog, "_publish", fail)
-    monkeypatch.setattr(catalog, "_in_memory", fail)
+    monkeypatch.setattr(connecting, "_publish", fail)
+    monkeypatch.setattr(connecting, "_in_memory", fail)
 
 
 # Tables
@@ -506,7 +508,7 @@ def test_full_disk_is_served_from_memory(folder: Folder, monkeypatch: pytest.Mon
     def fail(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(catalog, "_write", fail)
+    monkeypatch.setattr(connecting, "_write", fail)
     assert rows(take_snapshot(folder), "SELECT count(*) FROM head_stats") == [(8,)]
     assert sorted(os.listdir(folder.root)) == ["actdb.json", "runs"]
 
@@ -515,7 +517,7 @@ def test_another_version_of_the_catalog_is_replaced(folder: Folder, monkeypatch:
     add_run(folder, "run")
     connect(take_snapshot(folder)).close()
     before = catalog_state(folder)
-    monkeypatch.setattr(catalog, "CATALOG_VERSION", 0)
+    monkeypatch.setattr(build, "CATALOG_VERSION", 0)
     connect(take_snapshot(folder)).close()
     assert catalog_state(folder) != before
 

@@ -213,7 +213,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         out = small / "x.actdb"
         with pytest.raises(actdb.SpaceError, match="needs up to .* MB free; choose fewer --sites"):
             actdb.harvest(module, prompts, out, part_tokens=500)
-        monkeypatch.setattr("actdb.harvesting.harvest._check_space", lambda *_: None)
+        monkeypatch.setattr("actdb.harvesting.execution._check_space", lambda *_: None)
         with pytest.raises(actdb.SpaceError, match="no space left .* run the same command again"):
             actdb.harvest(module, prompts, out, part_tokens=500)
         with actdb.open(out) as db:

@@ -356,7 +356,7 @@ def _from_config(model_class: Any, config: Any, *, seed: int, source: str) -> An
 def _from_pretrained(
     model_class: Any, official: str, config: Any, *, dtype: torch.dtype, offline: bool, source: str
 ) -> Any:
-    """Load weights from safetensors; weights that the checkpoint lacks would be random, and are refused."""
+    """Load weights from safetensors; transformers would make up what does not fit or is missing, which is refused."""
     try:
         found, report = model_class.from_pretrained(
             official,
@@ -366,14 +366,19 @@ def _from_pretrained(
             use_safetensors=True,
             local_files_only=offline,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     except LOADING_ERRORS as exc:
         raise _not_loaded(source, offline=offline, exc=exc) from exc
-    missing = sorted(report["missing_keys"])
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ModelError(f"model {source}: the checkpoint has no weights for {', '.join(missing[:3])}{more}")
+    lacking = {
+        "no weights": report["missing_keys"],
+        "weights of other shapes": [key for key, *_ in report["mismatched_keys"]],
+    }
+    for what, keys in lacking.items():
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ModelError(f"model {source}: the checkpoint has {what} for {', '.join(sorted(keys)[:3])}{more}")
     return found
 
 

@@ -135,6 +135,13 @@ def encoder(tokenizer: Any, *, bos: bool) -> Any:
     return encode
 
 
+def has_start(tokenizer: Any) -> bool:
+    """Whether a tokenizer defines a token to begin a text with: BOS, or [CLS]."""
+    return tokenizer is not None and (
+        tokenizer.bos_token_id is not None or getattr(tokenizer, "cls_token_id", None) is not None
+    )
+
+
 def token_texts(ids: npt.NDArray[np.int32], tokenizer: Any) -> dict[int, str]:
     """Return the text of each distinct id: a leading space kept, the id's number where there is no tokenizer."""
     texts: dict[int, str] = {}
@@ -202,7 +209,7 @@ def _label(name: Any, value: Any, where: str, kinds: dict[str, tuple[str, str]])
         _check_unicode(value, f"{where}: label {name!r}")
     if isinstance(value, float) and value in (float("inf"), float("-inf")):
         raise PromptError(f"{where}: label {name!r} is not finite")
-    if kind == "number" and abs(value) >= 2**63:
+    if isinstance(value, int) and abs(value) >= 2**63:
         raise PromptError(f"{where}: label {name!r} does not fit 64 bits")
     seen, first = kinds.setdefault(name, (kind, where))
     if seen != kind:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from actdb.harvesting.harvest import Harvest, Progress
+from actdb.harvesting.execution import Progress
+from actdb.harvesting.harvest import Harvest
 from actdb.storage.folder import readable_bytes
 
 

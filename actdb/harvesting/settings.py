@@ -82,7 +82,9 @@ def parse_sites(sites: str | Sequence[str] | None) -> tuple[str, ...] | None:
     if sites is None:
         return None
     names = sites.split(",") if isinstance(sites, str) else list(sites)
-    names = [name.strip() for name in names if name.strip()]
+    names = [name.strip() for name in names]
+    if "" in names:
+        raise SettingError(f"--sites {sites!r}: a name is empty; none keeps statistics only")
     return () if names == ["none"] else tuple(dict.fromkeys(names))
 
 
