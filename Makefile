@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench bench-quick clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -13,6 +13,12 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest -n $(WORKERS)
+
+bench: $(INSTALLED)
+	@$(BIN)/python -m benchmarks
+
+bench-quick: $(INSTALLED)
+	@$(BIN)/python -m benchmarks --size quick --out out/benchmarks
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check --quiet .

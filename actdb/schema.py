@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -82,7 +83,7 @@ class SiteSpec:
     precision: int | None = None
     layers: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def axis(self) -> int:
         """The axis along which parts follow one another: row, entry or prompt."""
         return next(i for i, dim in enumerate(self.dims) if dim in ("row", "entry", "prompt"))

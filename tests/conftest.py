@@ -64,6 +64,7 @@ def native_model(kind: str) -> Any:
 
     shape = {"n_layers": 2, "d_model": 24, "n_heads": 3, "d_head": 6, "n_ctx": N_CTX, "d_vocab": D_VOCAB}
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         bridge = boot(TransformerBridgeConfig(**shape, **NATIVE[kind], device="cpu", seed=1), dtype=torch.float32)
         for parameter in bridge.parameters():
             parameter.data.add_(torch.randn_like(parameter), alpha=0.2)

@@ -11,7 +11,7 @@ from actdb.errors import RunError
 from actdb.harvesting.harvest import Harvest
 from actdb.harvesting.prompts import token_texts
 from actdb.harvesting.weights import weight_tensors, write_weights
-from actdb.schema import FileRecord, RunInfo
+from actdb.schema import FileRecord, RunInfo, canonical_json
 from actdb.storage import commits, verify
 from actdb.storage.folder import Folder, write_error
 
@@ -119,5 +119,6 @@ def run_tables(harvest: Harvest) -> dict[str, Any]:
 
 
 def _differences(existing: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    keys = sorted(key for key in {*existing, *new} if existing.get(key) != new.get(key))
+    """Name what differs, compared as JSON: one of the plans was read from a file, where tuples are lists."""
+    keys = sorted(k for k in {*existing, *new} if canonical_json(existing.get(k)) != canonical_json(new.get(k)))
     return "different " + ", ".join(keys) if keys else "different plan"

@@ -102,9 +102,10 @@ def load_model(
         )
         found, name = load_tokenizer(tokenizer), folder.resolve().name
     else:
-        bridge, found, name = _from_transformers(
-            str(source), tokenizer=tokenizer, dtype=DTYPES[dtype], device=place, random_init=random_init
-        )
+        with torch.random.fork_rng(devices=[]):  # building layers draws numbers; the caller's are left alone
+            bridge, found, name = _from_transformers(
+                str(source), tokenizer=tokenizer, dtype=DTYPES[dtype], device=place, random_init=random_init
+            )
     return _from_module(bridge, tokenizer=found, processing=processing, name=name)
 
 
@@ -342,15 +343,14 @@ def _transformers_config(official: str, *, shape: dict[str, int] | None, offline
 
 
 def _from_config(model_class: Any, config: Any, *, seed: int, source: str) -> Any:
-    """Build a model with fresh weights; the caller's random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            if hasattr(model_class, "_from_config"):
-                return model_class._from_config(config)
-            return model_class.from_config(config, attn_implementation="eager", trust_remote_code=False)
-        except LOADING_ERRORS as exc:
-            raise ModelError(f"model {source}: no model can be built from its config ({_first_line(exc)})") from exc
+    """Build a model with fresh weights."""
+    torch.manual_seed(seed)
+    try:
+        if hasattr(model_class, "_from_config"):
+            return model_class._from_config(config)
+        return model_class.from_config(config, attn_implementation="eager", trust_remote_code=False)
+    except LOADING_ERRORS as exc:
+        raise ModelError(f"model {source}: no model can be built from its config ({_first_line(exc)})") from exc
 
 
 def _from_pretrained(

@@ -1,6 +1,7 @@
 """Where each prompt of a run is stored, from `prompts.parquet`."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,7 +62,7 @@ def read_prompt_index(folder: Folder, info: RunInfo, parts: tuple[int, ...]) -> 
     path = folder.inside(name)
     try:
         table = pq.read_table(path, columns=list(COLUMNS))
-        columns = [table.column(column).to_numpy().astype(np.int64) for column in COLUMNS]
+        columns = [_integers(table.column(column)) for column in COLUMNS]
     except FileNotFoundError as exc:
         raise DamageError(f"{folder.path(name)} is missing; run the same harvest again to repair it") from exc
     except (pa.ArrowException, OSError, KeyError, ValueError) as exc:
@@ -70,4 +71,36 @@ def read_prompt_index(folder: Folder, info: RunInfo, parts: tuple[int, ...]) -> 
         raise DamageError(f"{folder.path(name)} is damaged: {len(columns[0])} prompts instead of {info.n_prompts}")
     stored = np.isin(columns[1], np.asarray(parts, np.int64))
     last_only = info.plan.get("positions") == "last"
-    return PromptIndex(run=info.name, **dict(zip(COLUMNS, columns, strict=True)), stored=stored, last_only=last_only)
+    index = PromptIndex(run=info.name, **dict(zip(COLUMNS, columns, strict=True)), stored=stored, last_only=last_only)
+    if not _fits(index, info):
+        raise DamageError(f"{folder.path(name)} is damaged: it does not fit the run; run the same harvest again")
+    return index
+
+
+def _integers(column: Any) -> Ints:
+    import pyarrow as pa
+
+    if not pa.types.is_integer(column.type) or column.null_count:
+        raise ValueError(f"{column.type} with {column.null_count} nulls")
+    return np.asarray(column.to_numpy(), np.int64)
+
+
+def _fits(index: PromptIndex, info: RunInfo) -> bool:
+    """Whether every prompt has as many rows and entries as its length asks for, all within its part."""
+    n = index.n_tokens
+    if len(n) and (n.min() < 1 or n.max() >= 2**31 or index.part.min() < 0 or index.part.max() >= info.n_parts):
+        return False
+    n_entries = n if index.last_only else n * (n + 1) // 2 if info.causal else n * n
+    n_rows = np.ones_like(n) if index.last_only else n
+    if not np.array_equal(index.n_rows, n_rows) or not np.array_equal(index.n_entries, n_entries):
+        return False
+    places = {"row": (index.row_start, n_rows), "entry": (index.entry_start, n_entries)}
+    for spec in info.sites:
+        if spec.dims[spec.axis] == "prompt":
+            start, count = index.prompt_rows(spec), np.ones_like(n)
+        else:
+            start, count = places[spec.dims[spec.axis]]
+        within = start - index.part * spec.capacity
+        if (within < 0).any() or (within > spec.capacity - count).any():
+            return False
+    return True

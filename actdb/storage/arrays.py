@@ -3,6 +3,8 @@
 zarr is imported by the functions that write metadata; reading a database never imports it.
 """
 
+from functools import lru_cache
+
 from actdb.schema import SiteSpec
 
 ARRAYS = "arrays.zarr"
@@ -15,6 +17,7 @@ def shard_name(run: str, site: SiteSpec, part: int) -> str:
     return f"{ARRAYS}/{run}/{site.name}/c/{'/'.join(coordinates)}"
 
 
+@lru_cache(maxsize=256)
 def array_metadata(site: SiteSpec) -> bytes:
     """Return the `zarr.json` of a site, as zarr-python writes it: sharded, each inner chunk with its CRC-32C."""
     import asyncio

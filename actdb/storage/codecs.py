@@ -9,6 +9,8 @@ Blosc's own threads make different bytes from run to run, so they are off for th
 over chunks instead.
 """
 
+import struct
+
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,7 @@ CODECS = ("lz4", "raw")
 CRC_BYTES = 4
 CRC_RESIDUE = 0x48674BC7
 BLOSC_LEVEL = 1
+BLOSC_HEADER = struct.Struct("<4xI4xI")  # decoded size, encoded size
 MANTISSA_BITS = {"float16": 10, "float32": 23, "float64": 52}
 
 blosc.use_threads = False
@@ -49,9 +52,11 @@ def decode(stored: bytes, codec: str, out: npt.NDArray[np.generic]) -> None:
             raise ValueError(f"{len(stored) - CRC_BYTES} bytes instead of {out.nbytes}")
         out.reshape(-1)[:] = np.frombuffer(stored, out.dtype, count=out.size)
         return
-    decoded_bytes = int.from_bytes(stored[4:8], "little")  # Blosc header: the decoded size
-    if decoded_bytes != out.nbytes:
-        raise ValueError(f"{decoded_bytes} bytes instead of {out.nbytes}")
+    header = BLOSC_HEADER.unpack_from(stored) if len(stored) >= BLOSC_HEADER.size + CRC_BYTES else (0, 0)
+    if header[0] != out.nbytes:
+        raise ValueError(f"{header[0]} bytes instead of {out.nbytes}")
+    if header[1] != len(stored) - CRC_BYTES:  # Blosc trusts this number: it must not read past the payload
+        raise ValueError(f"{header[1]} encoded bytes instead of {len(stored) - CRC_BYTES}")
     try:
         blosc.decompress(memoryview(stored)[:-CRC_BYTES], out)
     except RuntimeError as exc:

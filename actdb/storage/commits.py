@@ -1,15 +1,26 @@
 """Commits: one file a part, created if absent and written last, so that a part is there whole or not at all."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
+from typing import Any
+
+import numpy as np
 
 from actdb.errors import DamageError
-from actdb.schema import Commit, RunInfo, digest, seal, unseal
+from actdb.schema import HEAD_DIMS, Commit, RunInfo, digest, seal, unseal
+from actdb.storage import codecs
 from actdb.storage.folder import Folder
 
 RUNS = "runs"
 TABLES = "tables"
+COMMIT_FILE = re.compile(r"[0-9]{6,9}\.json")
+MAX_CHUNK_BYTES = 2**31 - 1
+MAX_LAYERS = 2**16
+AXES = ("row", "entry", "prompt")
+OUTER_DIMS = ((), ("layer",), *(("layer", dim) for dim in HEAD_DIMS), *((dim,) for dim in HEAD_DIMS))
 
 
 def part_name(part: int) -> str:
@@ -35,14 +46,36 @@ def claim_run(folder: Folder, info: RunInfo) -> bool:
 def read_run(folder: Folder, run: str) -> RunInfo:
     """Read a run's `run.json`; raises `DamageError` where it is missing or malformed."""
     name = f"{RUNS}/{run}/run.json"
-    value = unseal(folder.read_bytes(name), str(folder.path(name)))
+    value = _read_sealed(folder, name)
     try:
         info = RunInfo.from_json(value)
+        check_info(info)
     except (KeyError, TypeError, ValueError) as exc:
         raise DamageError(f"{folder.path(name)} is damaged: {exc}") from exc
     if info.name != run:
         raise DamageError(f"{folder.path(name)} is damaged: it names run {info.name!r}")
     return info
+
+
+def check_info(info: RunInfo) -> None:
+    """Raise `ValueError` unless a run's plan and arrays hang together, so that no reader is led astray by them."""
+    if type(info.plan.get("causal")) is not bool or not isinstance(info.plan.get("step"), int | None):
+        raise ValueError("malformed plan")
+    if len({site.name for site in info.sites}) != len(info.sites):
+        raise ValueError("a site is named twice")
+    for site in info.sites:
+        if [dim in AXES for dim in site.dims].count(True) != 1 or site.codec not in codecs.CODECS:
+            raise ValueError(f"malformed site {site.name!r}")
+        outer, planes = site.dims[: site.axis], site.planes
+        if outer not in OUTER_DIMS or site.shard_shape[: site.axis] != planes or prod(site.chunk_shape[: site.axis]) != 1:
+            raise ValueError(f"malformed axes of site {site.name!r}")
+        if not site.feature == site.shard_shape[site.axis + 1 :] == site.chunk_shape[site.axis + 1 :]:
+            raise ValueError(f"malformed features of site {site.name!r}")
+        if prod(site.chunk_shape) * np.dtype(site.dtype).itemsize > MAX_CHUNK_BYTES:
+            raise ValueError(f"chunks of site {site.name!r} are too large")
+        layers = list(site.layers)
+        if layers and (layers != sorted({*layers}) or not 0 <= layers[-1] < MAX_LAYERS or len(layers) != planes[0]):
+            raise ValueError(f"malformed layers of site {site.name!r}")
 
 
 def run_names(folder: Folder) -> list[str]:
@@ -58,13 +91,13 @@ def write_commit(folder: Folder, run: str, commit: Commit) -> bool:
 def committed_parts(folder: Folder, run: str) -> list[int]:
     """Return the numbers of the committed parts, from file names alone."""
     names = folder.names(f"{RUNS}/{run}/commits")
-    return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit())
+    return sorted(int(name[:-5]) for name in names if COMMIT_FILE.fullmatch(name))
 
 
 def read_commit(folder: Folder, run: str, part: int) -> Commit:
     """Read one commit; raises `DamageError` where it is missing or malformed."""
     name = commit_name(run, part)
-    value = unseal(folder.read_bytes(name), str(folder.path(name)))
+    value = _read_sealed(folder, name)
     try:
         return Commit.from_json(value)
     except (KeyError, TypeError, ValueError) as exc:
@@ -103,13 +136,27 @@ class Snapshot:
         return digest({"runs": runs, "tables": {name: list(files) for name, files in self.tables.items()}})
 
 
+def _read_sealed(folder: Folder, name: str) -> dict[str, Any]:
+    text = folder.read_bytes(name)
+    value = unseal(text, str(folder.path(name)))
+    if seal(value) != text:  # the same value in other letters: 1E-7, \u00E9
+        raise DamageError(f"{folder.path(name)} is not the JSON that was written")
+    return value
+
+
 def take_snapshot(folder: Folder) -> Snapshot:
-    """List runs, commits and tables; costs one small file read a run."""
+    """List runs, commits and tables; costs one small file read a run.
+
+    A run whose name was claimed, but whose own files are not all there yet, has nothing to show and is left out.
+    """
     runs: dict[str, RunSnapshot] = {}
     damaged: dict[str, str] = {}
     for name in run_names(folder):
         try:
-            runs[name] = RunSnapshot(read_run(folder, name), tuple(committed_parts(folder, name)))
+            info = read_run(folder, name)
+            parts = [part for part in committed_parts(folder, name) if part < info.n_parts]
+            if parts or all(folder.exists(record.path) for record in info.files):
+                runs[name] = RunSnapshot(info, tuple(parts))
         except DamageError as exc:
             damaged[name] = str(exc)
     tables = {name: tuple(folder.names(f"{TABLES}/{name}")) for name in folder.names(TABLES)}

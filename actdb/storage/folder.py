@@ -12,8 +12,9 @@ import json
 import os
 import re
 import socket
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import google_crc32c
@@ -22,7 +23,8 @@ from actdb.errors import DamageError, DatabaseError, SpaceError, WriteError
 from actdb.schema import FORMAT_VERSION, FileRecord
 
 MARKER = "actdb.json"
-TEMPORARY = re.compile(r"\.tmp-(?P<host>[^-]+)-(?P<pid>\d+)-(?P<start>\d+)-")
+MARKER_CONTENT = json.dumps({"format_version": FORMAT_VERSION}).encode()
+TEMPORARY = re.compile(r"\.tmp-(?P<host>[^-]+)-(?P<pid>[0-9]{1,9})-(?P<start>[0-9]+)-")
 STALE_S = 24 * 3600.0
 
 
@@ -42,14 +44,18 @@ class Folder:
         folder = cls(root)
         try:
             text = folder.read_bytes(MARKER)
-        except (DamageError, NotADirectoryError) as exc:
+        except DamageError as exc:
+            if isinstance(exc.__cause__, PermissionError):
+                raise DatabaseError(f"{root} cannot be read: permission denied") from exc
             raise DatabaseError(
                 f"{root} is not an actdb database (no {MARKER}); make one with `actdb harvest`"
             ) from exc
         try:
-            version = int(json.loads(text)["format_version"])
-        except (KeyError, TypeError, ValueError) as exc:
-            raise DatabaseError(f'{root}/{MARKER} is damaged: expected {{"format_version": {FORMAT_VERSION}}}') from exc
+            version = json.loads(text)["format_version"]
+            if type(version) is not int or version < 1:
+                raise ValueError(f"format version {version!r}")
+        except (KeyError, TypeError, ValueError, RecursionError) as exc:
+            raise DatabaseError(f"{root}/{MARKER} is damaged: expected {MARKER_CONTENT.decode()}") from exc
         if version > FORMAT_VERSION:
             raise DatabaseError(
                 f"{root} has format version {version}; this actdb reads up to {FORMAT_VERSION}: upgrade actdb"
@@ -74,7 +80,7 @@ class Folder:
         if occupied and MARKER not in occupied:
             raise DatabaseError(f"{root} holds other files and is not an actdb database; choose another -o")
         folder._real = os.path.realpath(folder.root)
-        folder.publish(MARKER, json.dumps({"format_version": FORMAT_VERSION}).encode(), exclusive=True)
+        folder.publish(MARKER, MARKER_CONTENT, exclusive=True)
         return cls.open(root)
 
     def path(self, name: str) -> Path:
@@ -83,25 +89,32 @@ class Folder:
 
     def inside(self, name: str) -> str:
         """Return a file's full path after checking that no symbolic link leads out of the folder."""
-        real = os.path.realpath(self.root / name)
+        try:
+            real = os.path.realpath(self.root / name)
+        except ValueError as exc:  # a null byte, a lone surrogate
+            raise DamageError(f"{name!r} in {self.root} is no file name; refused") from exc
         if real != self._real and not real.startswith(self._real + os.sep):
             raise DamageError(f"{self.root / name} leads outside the database folder; refused")
         return real
 
     def read_bytes(self, name: str) -> bytes:
-        """Return a file's content; raises `DamageError` where it is missing or leads outside."""
+        """Return a file's content; raises `DamageError` where it is missing, cannot be read or leads outside."""
+        path = self.inside(name)
         try:
-            with open(self.inside(name), "rb") as file:
+            with open(path, "rb", opener=_open_regular) as file:
                 return file.read()
-        except (FileNotFoundError, IsADirectoryError) as exc:
-            raise DamageError(f"{self.root / name} is missing") from exc
+        except OSError as exc:
+            raise self._unreadable(name, exc) from exc
 
     def names(self, name: str) -> list[str]:
         """Return the sorted names in a subfolder, temporary ones left out; [] where it does not exist."""
+        path = self.inside(name)
         try:
-            entries = os.listdir(self.inside(name))
+            entries = os.listdir(path)
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except OSError as exc:
+            raise self._unreadable(name, exc) from exc
         return sorted(entry for entry in entries if not TEMPORARY.match(entry))
 
     def exists(self, name: str) -> bool:
@@ -154,15 +167,16 @@ class Folder:
         return True
 
     def record(self, name: str) -> FileRecord:
-        """Return the size and checksum of a file on disk."""
-        return file_record(self.inside(name), name)
+        """Return the size and checksum of a file on disk; raises `DamageError` where it cannot be read."""
+        path = self.inside(name)
+        try:
+            return file_record(path, name)
+        except OSError as exc:
+            raise self._unreadable(name, exc) from exc
 
     def check(self, record: FileRecord) -> None:
         """Raise `DamageError` unless a whole-file record fits the file on disk."""
-        try:
-            found = self.record(record.path)
-        except FileNotFoundError as exc:
-            raise DamageError(f"{self.root / record.path} is missing") from exc
+        found = self.record(record.path)
         if found.stored_bytes != record.stored_bytes:
             raise DamageError(
                 f"{self.root / record.path} has {found.stored_bytes} bytes instead of {record.stored_bytes}"
@@ -170,24 +184,40 @@ class Folder:
         if found.crc32c != record.crc32c:
             raise DamageError(f"{self.root / record.path} does not match its checksum")
 
-    def sweep(self) -> None:
-        """Remove the temporary files of processes that are gone, and of other hosts after a day."""
-        for parent, _, files in os.walk(self.root):
-            for file in files:
-                match = TEMPORARY.match(file)
-                path = os.path.join(parent, file)
-                if match and _abandoned(match, path):
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(path)
+    def sweep(self, *names: str) -> None:
+        """Remove the temporary files of processes that are gone, and of other hosts after a day.
+
+        Looks through the whole database, or only through the subfolders `names` and at the files beside them.
+        """
+        for name in names or ("",):
+            for parent, _, files in os.walk(self.root / name):
+                _remove_abandoned(parent, files)
+        for parent in {str((self.root / name).parent) for name in names}:
+            if os.path.isdir(parent):
+                _remove_abandoned(parent, os.listdir(parent))
+
+    def _unreadable(self, name: str, exc: OSError) -> DamageError:
+        if isinstance(exc, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+            return DamageError(f"{self.root / name} is missing")
+        return DamageError(f"{self.root / name} cannot be read: {exc.strerror}")
 
 
 def file_record(path: str | os.PathLike[str], name: str) -> FileRecord:
     """Return the size and CRC-32C of a file, read once in blocks."""
     crc, size = 0, 0
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=_open_regular) as file:
         while block := file.read(1 << 20):
             crc, size = google_crc32c.extend(crc, block), size + len(block)
     return FileRecord(name, size, crc)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Open a file for reading, unless it is a pipe or a device: those could block a reader for ever."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "not a regular file", path)
 
 
 def temporary_path(final: Path) -> Path:
@@ -226,16 +256,31 @@ def write_error(exc: OSError, path: str) -> Exception:
 
 
 def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9_.]", "_", socket.gethostname()) or "localhost"
+    """Return where this process's number is unique: its host, and there its namespace (containers may share a name)."""
+    host = re.sub(r"[^A-Za-z0-9_.]", "_", socket.gethostname()) or "localhost"
+    try:
+        return f"{host}.{re.sub('[^0-9]', '', os.readlink('/proc/self/ns/pid'))}"
+    except OSError:
+        return host
 
 
 def _start_time(pid: int) -> int:
-    """Return a process's start time in clock ticks since boot, 0 where the system does not tell, -1 if it is gone."""
+    """Return a process's start time in clock ticks since boot, 0 where the system does not tell, -1 for a zombie."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            return int(file.read().rpartition(b")")[2].split()[19])
-    except FileNotFoundError:
-        return 0 if not os.path.isdir("/proc/self") else -1
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return 0
+    return -1 if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def _remove_abandoned(parent: str, files: Iterable[str]) -> None:
+    for file in files:
+        match = TEMPORARY.match(file)
+        path = os.path.join(parent, file)
+        if match and _abandoned(match, path):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
 
 def _abandoned(match: re.Match[str], path: str) -> bool:
@@ -246,12 +291,12 @@ def _abandoned(match: re.Match[str], path: str) -> bool:
     if match["host"] != _host():
         return age_s > STALE_S
     pid = int(match["pid"])
-    if _start_time(pid) != int(match["start"]):
-        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    except PermissionError:
+    except PermissionError:  # another user's process
         pass
+    if _start_time(pid) not in (0, int(match["start"])):
+        return True  # its number was given to another process
     return age_s > STALE_S and pid != os.getpid()

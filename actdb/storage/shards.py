@@ -6,8 +6,11 @@ and size of each chunk of the shard's grid (2⁶⁴−1 twice where absent), and
 the two writers against each other.
 """
 
+import errno
+import mmap
 import os
-import threading
+import stat
+from math import prod
 from pathlib import Path
 
 import google_crc32c
@@ -70,16 +73,22 @@ class ShardReader:
     def __init__(self, path: str, spec: SiteSpec) -> None:
         self.path = path
         self._spec = spec
-        self._itemsize = np.dtype(spec.dtype).itemsize
+        self._chunk_bytes = prod(spec.chunk_shape) * np.dtype(spec.dtype).itemsize
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError as exc:
             raise DamageError(f"{path} is missing; run the same harvest again to repair it") from exc
-        self._size = os.fstat(self._descriptor).st_size
+        except OSError as exc:
+            if exc.errno in (errno.EMFILE, errno.ENFILE):
+                raise
+            raise DamageError(f"{path} cannot be read: {exc.strerror}") from exc
+        status = os.fstat(self._descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise self._damage("it is not a regular file")
+        self._size = status.st_size
         self._index = self._read_index()
-        self._map: np.memmap[tuple[int], np.dtype[np.uint8]] | None = None
+        self._map: npt.NDArray[np.uint8] | None = None
         self._checked: set[int] = set()
-        self._lock = threading.Lock()
 
     def __del__(self) -> None:
         descriptor = getattr(self, "_descriptor", None)
@@ -93,7 +102,7 @@ class ShardReader:
 
     def chunk_numbers(self) -> npt.NDArray[np.int64]:
         """Return the C-order numbers of the chunks that exist."""
-        return np.flatnonzero(self._index["offset"] != ABSENT)
+        return np.flatnonzero(self._index["nbytes"] != ABSENT)
 
     def read(self, chunk: int, out: npt.NDArray[np.generic]) -> None:
         """Decode a chunk into a C-contiguous array of the chunk's shape; an absent chunk reads as zeros."""
@@ -118,11 +127,13 @@ class ShardReader:
             return None
         if chunk not in self._checked:
             self._stored(chunk)
+            if size - codecs.CRC_BYTES != self._chunk_bytes:
+                raise self._damage(f"chunk {chunk} has {size - codecs.CRC_BYTES} bytes instead of {self._chunk_bytes}")
             self._checked.add(chunk)
         if self._map is None:
-            self._map = np.memmap(self.path, mode="r")
-        payload = self._map[offset : offset + size - codecs.CRC_BYTES]
-        return np.asarray(payload).view(self._spec.dtype).reshape(self._spec.chunk_shape)
+            self._map = np.frombuffer(mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
+        payload = self._map[offset : offset + self._chunk_bytes]
+        return payload.view(self._spec.dtype).reshape(self._spec.chunk_shape)
 
     def check(self, chunk: int) -> None:
         """Verify a chunk's checksum."""
@@ -131,7 +142,7 @@ class ShardReader:
     def _extent(self, chunk: int) -> tuple[int, int]:
         """Return a chunk's offset and size, (0, 0) where it is absent."""
         entry = self._index[chunk]
-        if entry["offset"] == ABSENT:
+        if entry["nbytes"] == ABSENT:
             return 0, 0
         return int(entry["offset"]), int(entry["nbytes"])
 
@@ -139,7 +150,10 @@ class ShardReader:
         offset, size = self._extent(chunk)
         if size == 0:
             return None
-        stored = os.pread(self._descriptor, size, offset)
+        try:
+            stored = os.pread(self._descriptor, size, offset)
+        except OSError as exc:
+            raise self._damage(f"chunk {chunk} cannot be read ({exc.strerror})") from exc
         if len(stored) != size or not codecs.checksum_matches(stored):
             raise self._damage(f"chunk {chunk} does not match its checksum")
         return stored
@@ -150,9 +164,10 @@ class ShardReader:
         if len(tail) != need or not codecs.checksum_matches(tail):
             raise self._damage("its chunk index is truncated or altered")
         index = np.frombuffer(tail, INDEX_ENTRY, count=self._spec.n_chunks)
-        present = index[index["offset"] != ABSENT]
-        ends = present["offset"] + present["nbytes"]
-        if (present["nbytes"] > self._size).any() or (ends > self._size).any():
+        absent = (index["offset"] == ABSENT) & (index["nbytes"] == ABSENT)
+        offset, size = index["offset"][~absent], index["nbytes"][~absent]
+        outside = (offset > self._size) | (size > self._size - np.minimum(offset, self._size))
+        if outside.any() or (size < codecs.CRC_BYTES).any():
             raise self._damage("its chunk index points outside the file")
         return index
 

@@ -9,7 +9,7 @@ import google_crc32c
 from actdb.errors import ActdbError, DamageError
 from actdb.schema import Commit, RunInfo
 from actdb.storage import arrays, commits
-from actdb.storage.folder import MARKER, Folder, file_record
+from actdb.storage.folder import MARKER, MARKER_CONTENT, Folder
 from actdb.storage.shards import ShardReader
 
 TABLE_FILE = re.compile(r".+-(?P<crc>[0-9a-f]{8})\.parquet")
@@ -100,8 +100,11 @@ def check_database(snapshot: commits.Snapshot) -> Iterator[Damage]:
     for table, files in snapshot.tables.items():
         for file in files:
             yield from _check_table_file(folder, f"{commits.TABLES}/{table}/{file}")
-    if not folder.exists(MARKER):
-        yield Damage(MARKER, f"{folder.path(MARKER)} is missing")
+    try:
+        if folder.read_bytes(MARKER) != MARKER_CONTENT:
+            raise DamageError(f"{folder.path(MARKER)} is damaged: expected {MARKER_CONTENT.decode()}")
+    except ActdbError as exc:
+        yield Damage(MARKER, str(exc))
 
 
 def table_file_name(stem: str, content: bytes) -> str:
@@ -112,8 +115,8 @@ def table_file_name(stem: str, content: bytes) -> str:
 def _check_table_file(folder: Folder, name: str) -> Iterator[Damage]:
     match = TABLE_FILE.fullmatch(name.rsplit("/", 1)[-1])
     try:
-        found = file_record(folder.inside(name), name)
+        found = folder.record(name)
         if match is None or found.crc32c != int(match["crc"], 16):
             raise DamageError(f"{folder.path(name)} does not match its checksum; it cannot be recomputed by actdb")
-    except (ActdbError, OSError) as exc:
+    except ActdbError as exc:
         yield Damage(name, str(exc))
