@@ -39,7 +39,8 @@ def run(size: str, folder: Path) -> Table:
     names = [f"blocks.{layer}.{LAYER_SITES[site]}" for layer in range(model.n_layers) for site in SITES]
 
     def harvest(name: str) -> None:
-        shutil.rmtree(folder / "x.actdb", ignore_errors=True)
+        for part in ("runs", "arrays.zarr"):  # the weights stay: a database keeps them once a model
+            shutil.rmtree(folder / "x.actdb" / part, ignore_errors=True)
         run_harvest(planned[name], folder / "x.actdb")
 
     def bare(*, unembed: bool) -> None:

@@ -101,9 +101,16 @@ def write(path: Path, values: npt.NDArray[np.float16], lengths: npt.NDArray[np.i
         layers=tuple(range(LAYERS)),
     )
     folder = Folder.create(path)
-    zeros, starts = np.zeros(len(lengths), np.int64), np.cumsum(lengths) - lengths
-    table = {"prompt_id": np.arange(len(lengths)), "n_tokens": lengths, "part": zeros, "row_start": starts}
-    table |= {"n_rows": lengths, "entry_start": zeros, "n_entries": zeros}
+    entries = lengths * (lengths + 1) // 2
+    table = {
+        "prompt_id": np.arange(len(lengths)),
+        "n_tokens": lengths,
+        "part": np.zeros(len(lengths), np.int64),
+        "row_start": np.cumsum(lengths) - lengths,
+        "n_rows": lengths,
+        "entry_start": np.cumsum(entries) - entries,
+        "n_entries": entries,
+    }
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(table), sink)
     folder.publish(f"runs/{name}/prompts.parquet", sink.getvalue().to_pybytes())

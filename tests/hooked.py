@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -281,18 +282,22 @@ def _random(generator: np.random.Generator, spec: SiteSpec, n: int) -> npt.NDArr
 
 
 def serve() -> None:
-    """Fork a child for each line `{"out": …, "run": …}` on stdin, which harvests and exits; never runs the model here.
+    """Fork a child for each line `{"out": …, "run": …}` on stdin, which harvests and exits; prints its process id.
 
-    Prints the child's process id, and when it is gone its exit status, negative after a signal. Torch is loaded
-    once for hundreds of harvests, and since this process has one thread and runs nothing, forking it is safe.
+    A line `{"wait": id}` prints the child's exit status, negative after a signal. Everything slow to import is loaded
+    once for hundreds of harvests; since this process runs no model and starts no thread, forking it is safe.
     """
+    for name in ("actdb.harvesting.execution", "safetensors.torch", "zarr.codecs", "zarr.storage"):
+        import_module(name)
     torch.set_num_threads(1)
     for line in sys.stdin:
-        if (child := os.fork()) == 0:
-            os._exit(_harvest(json.loads(line)))
-        print(child, flush=True)
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        order = json.loads(line)
+        if "wait" in order:
+            print(os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1]), flush=True)
+        elif (child := os.fork()) == 0:
+            os._exit(_harvest(order))
+        else:
+            print(child, flush=True)
 
 
 def _harvest(order: dict[str, Any]) -> int:

@@ -24,6 +24,7 @@ from actdb.harvesting.prompts import read_prompts, tokenise
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 PROMPTS = [{"tokens": [1, 2, 3, 4, 5, 6, 7]}, {"tokens": [9]}, {"tokens": [5, 5, 40, 0]}]
+FLAGS = ("fold_ln", "center_writing_weights", "center_unembed")
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data are not here")
 
 
@@ -268,6 +269,29 @@ def test_settings_that_do_not_fit_a_module(out: Path) -> None:
         with pytest.raises(SettingError, match=message):
             actdb.harvest(TinyModel(), prompts, out, **settings)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ({}, [True, True, True]),
+        ({"no_processing": True}, [False, False, False]),
+        ({"fold_ln": False}, [False, True, True]),
+        ({"center_writing_weights": False}, [True, False, True]),
+        ({"center_unembed": False}, [True, True, False]),
+    ],
+)
+def test_what_was_done_to_the_weights_is_measured(build: Any, options: dict[str, bool], flags: list[bool]) -> None:
+    """A bridge in compatibility mode keeps no record of the options that it was given."""
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+    model = build("gpt2")
+    module = build_bridge_from_module(model, "GPT2LMHeadModel", hf_config=model.config, model_name="g")
+    assert not any(load_model(module).processing[name] for name in FLAGS)
+    module.enable_compatibility_mode(disable_warnings=True, **options)
+    processing = load_model(module).processing
+    assert [processing[name] for name in FLAGS] == flags
+    assert processing["processing"] == ("folded" if any(flags) else "raw")
 
 
 # Fresh weights.

@@ -272,6 +272,21 @@ def test_bos_comes_once_and_given_tokens_are_verbatim() -> None:
     assert tokens_of(prompts, tokenizer=none)[0] == [0, 1]
 
 
+def test_tokenizers_with_a_start_and_an_end_add_both() -> None:
+    """As BERT's: no BOS, but [CLS] … [SEP]."""
+
+    class Framing(Characters):
+        bos_token_id = None
+        cls_token_id = 24
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
+            ids = super().__call__(text).input_ids
+            return SimpleNamespace(input_ids=[24, *ids, 25] if add_special_tokens else ids)
+
+    assert tokens_of([{"text": "ab"}, {"tokens": [1]}], tokenizer=Framing()) == [[24, 0, 1, 25], [1]]
+    assert tokens_of([{"text": "ab"}], tokenizer=Framing(), bos=False) == [[0, 1]]
+
+
 def test_a_text_without_tokens() -> None:
     assert tokens_of([{"text": " "}]) == [[26]]
     with pytest.raises(PromptError, match="prompt 1: the text has no tokens"):
@@ -356,6 +371,14 @@ def test_labels_that_try_to_be_sql(tmp_path: Path) -> None:
             (None,),
         ]
         assert db.run()["z"].sel(where='"select" = 1').prompt.tolist() == [0]
+
+
+def test_labels_without_values(tmp_path: Path) -> None:
+    out = tmp_path / "x.actdb"
+    run = actdb.harvest(TinyModel(), [{"tokens": [1], "a": None, "b": float("nan")}], out)
+    assert stored_prompts(run, out)[0]["labels"] == {"a": None, "b": None}
+    with actdb.open(out) as db:
+        assert db.sql("SELECT a, b FROM prompts").fetchall() == [(None, None)]
 
 
 def test_labels_keep_their_values(tmp_path: Path) -> None:

@@ -417,6 +417,25 @@ def test_top_patterns(model_folder: Any, out: Path, kind: str) -> None:
             assert (values[:, :, query, count:] == 0).all()
 
 
+def test_top_patterns_of_last_positions(model_folder: Any, out: Path) -> None:
+    keep: dict[str, Any] = {"store": "float32", "pattern": "topk:4"}
+    every = actdb.harvest(model_folder("gpt2"), PROMPTS, out, run="all", **keep)
+    last = actdb.harvest(model_folder("gpt2"), PROMPTS, out, run="last", positions="last", **keep)
+    for site in ("pattern_value", "pattern_index"):
+        assert np.array_equal(last[site].numpy(), every[site].sel(pos=-1).numpy())
+
+
+def test_no_patterns(model_folder: Any, out: Path) -> None:
+    run = actdb.harvest(model_folder("gpt2"), PROMPTS, out, pattern="none")
+    assert run.sites == ("resid_post", "z", "mlp_post")
+    for sites in ("pattern", "z,pattern"):
+        with pytest.raises(actdb.SettingError, match="--pattern none, but --sites names pattern"):
+            actdb.harvest(model_folder("gpt2"), PROMPTS, out, run="both", pattern="none", sites=sites)
+    for pattern in ("topk:0", "topk:", "some"):
+        with pytest.raises(actdb.SettingError, match=f"--pattern {pattern}: choose full, none or topk:N"):
+            actdb.harvest(model_folder("gpt2"), PROMPTS, out, run="both", pattern=pattern)
+
+
 def test_top_entries_breaks_ties_by_the_lower_key() -> None:
     pattern = torch.tensor([[[[0.25, 0.25, 0.25, 0.25]]]])
     assert top_entries(pattern, 2, values=False).flatten().tolist() == [0, 1]

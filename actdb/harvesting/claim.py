@@ -33,7 +33,7 @@ def claim_run(folder: Folder, harvest: Harvest) -> RunInfo:
         )
     bad = {damage.path for damage in verify.check_run_files(folder, existing)}
     if bad:
-        with RunFiles(folder, harvest) as files:
+        with RunFiles(folder, harvest, repair=True) as files:
             files.adopt()
     for damage in verify.check_run_files(folder, existing):
         raise RunError(f"{damage.message}, and was not repaired: it was made with other library versions")
@@ -43,8 +43,8 @@ def claim_run(folder: Folder, harvest: Harvest) -> RunInfo:
 class RunFiles:
     """The files of a run outside its parts, written under temporary names until the run's name is claimed."""
 
-    def __init__(self, folder: Folder, harvest: Harvest) -> None:
-        self._folder, self._harvest = folder, harvest
+    def __init__(self, folder: Folder, harvest: Harvest, *, repair: bool = False) -> None:
+        self._folder, self._harvest, self._repair = folder, harvest, repair
         self._tables: dict[str, Path] = {}
         self.records: tuple[FileRecord, ...] = ()
 
@@ -65,7 +65,8 @@ class RunFiles:
             layers = sorted({layer for site in self._harvest.sites for layer in site.layers})
             layers = layers or list(self._harvest.settings.layers or range(self._harvest.model.n_layers))
             tensors = weight_tensors(self._harvest.model, layers)
-            self.records += write_weights(self._folder, str(self._harvest.info.plan["weights_sha256"]), tensors)
+            sha256 = str(self._harvest.info.plan["weights_sha256"])
+            self.records += write_weights(self._folder, sha256, tensors, repair=self._repair)
         except OSError as exc:
             self.__exit__()
             raise write_error(exc, str(self._folder.root)) from exc

@@ -6,6 +6,7 @@ Nothing is unpickled and no remote code is run: weights come from safetensors, c
 import hashlib
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from actdb.harvesting import native
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PROCESSINGS = ("raw", "folded")
+FOLDINGS = ("fold_ln", "center_writing_weights", "center_unembed")
 OFFLINE_CONFIGS: dict[str, dict[str, int]] = {
     "gpt2": {},
     "gpt2-medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
@@ -209,23 +211,36 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 def _process(module: torch.nn.Module, processing: str) -> dict[str, Any]:
     """Fold the weights as the old HookedTransformer did where asked, and say which flags hold."""
-    raw = {"processing": "raw", "fold_ln": False, "center_writing_weights": False, "center_unembed": False}
-    if processing == "raw":
-        already = bool(getattr(module, "compatibility_mode", False))
-        if not already:
-            return raw
-    elif not hasattr(module, "enable_compatibility_mode"):
+    folded = bool(getattr(module, "compatibility_mode", False))
+    if processing == "folded" and not hasattr(module, "enable_compatibility_mode"):
         raise SettingError(f"--processing folded: {type(module).__name__} has no enable_compatibility_mode")
-    elif not getattr(module, "compatibility_mode", False):
+    if processing == "folded" and not folded:
         try:
             cast(Any, module).enable_compatibility_mode(disable_warnings=True)
         except LOADING_ERRORS as exc:
             raise ModelError(
                 f"this model's weights cannot be folded: {_first_line(exc)}; use --processing raw"
             ) from exc
-    norm = str(getattr(module.cfg, "normalization_type", None) or "")
-    centred = not norm.startswith("RMS") and not getattr(module.cfg, "final_rms", False)
-    return {"processing": "folded", "fold_ln": True, "center_writing_weights": centred, "center_unembed": True}
+        folded = True
+    flags = _folding(module) if folded else dict.fromkeys(FOLDINGS, False)
+    return {"processing": "folded" if any(flags.values()) else "raw", **flags}
+
+
+def _folding(module: torch.nn.Module) -> dict[str, bool]:
+    """Measure what was done to the weights of a module in compatibility mode, which keeps no record of it."""
+    tensors = {name: tensor.detach() for name, tensor in cast(Any, module).tl_named_parameters()}
+    norms = [tensor for name, tensor in tensors.items() if re.search(r"(^|\.)ln\w*\.w$", name)]
+    writing = [tensor for name, tensor in tensors.items() if name.endswith((".W_O", ".W_out"))]
+    unembed = [tensor for name, tensor in tensors.items() if name == "unembed.W_U"]
+    constant = [bool((norm == norm.flatten()[0]).all()) for norm in norms]
+    folded = (constant, [_is_centred(weight) for weight in writing], [_is_centred(weight) for weight in unembed])
+    return {flag: bool(found) and all(found) for flag, found in zip(FOLDINGS, folded, strict=True)}
+
+
+def _is_centred(weight: torch.Tensor) -> bool:
+    """Whether the means over the last axis are zero, but for rounding."""
+    rounding = 4 * torch.finfo(weight.dtype).eps * float(weight.abs().max())
+    return float(weight.mean(-1, dtype=torch.float32).abs().max()) <= rounding
 
 
 def _caller(module: torch.nn.Module) -> tuple[Callable[[torch.Tensor, torch.Tensor | None], Any], bool]:

@@ -25,6 +25,7 @@ from actdb.storage.folder import Folder, file_record, temporary_path, write_erro
 from actdb.storage.shards import ShardWriter
 
 PENDING_BYTES = 128 * 1024**2
+PENDING_PARTS = 4
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ class Writers:
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._pending = 0
+        self._pending_parts = 0
         self._room = threading.Condition()
         self._thread = threading.Thread(target=self._write, name="actdb-write", daemon=True)
         self._thread.start()
@@ -149,10 +151,13 @@ class Writers:
         future = self._pool.submit(encode_chunk, values, shard.spec, plane)
         self._queue.put(lambda: self._write_chunk(shard, chunk, future, size))
 
-    def call(self, function: Callable[[], None]) -> None:
-        """Run a function on the writer thread after everything submitted before."""
-        self._raise()
-        self._queue.put(function)
+    def finish(self, part: "PartFinish") -> None:
+        """End a part after everything submitted before, waiting while too many are open, each with its files."""
+        with self._room:
+            self._room.wait_for(lambda: self._pending_parts < PENDING_PARTS or self._error is not None)
+            self._raise()
+            self._pending_parts += 1
+        self._queue.put(lambda: self._finish_part(part))
 
     def close(self) -> None:
         """Wait for everything and stop the threads; raises what went wrong."""
@@ -175,11 +180,19 @@ class Writers:
                 self._pending -= size
                 self._room.notify()
 
+    def _finish_part(self, part: "PartFinish") -> None:
+        try:
+            if self._error is None:
+                part()
+        finally:
+            with self._room:
+                self._pending_parts -= 1
+                self._room.notify()
+
     def _write(self) -> None:
         while (job := self._queue.get()) is not None:
             try:
-                if self._error is None or not isinstance(job, PartFinish):
-                    job()
+                job()
             except BaseException as exc:
                 with self._room:
                     self._error = self._error or exc
@@ -218,6 +231,7 @@ class PartWriter:
                 self._names[spec.name] = name
                 self._shards[spec.name] = SiteShard(spec, temporary_path(folder.path(name)), writers)
         except OSError as exc:
+            self.abandon()
             raise write_error(exc, str(folder.root)) from exc
 
     def append(self, site: str, layer_index: int, block: npt.NDArray[Any]) -> None:
@@ -228,13 +242,12 @@ class PartWriter:
         """Flush, and let the writer thread commit the part with its statistics tables."""
         for shard in self._shards.values():
             shard.flush()
-        self._writers.call(PartFinish(self, table, replace, done))
+        self._writers.finish(PartFinish(self, table, replace, done))
 
     def abandon(self) -> None:
         """Close and remove what was written of a part that will not be committed."""
         for shard in self._shards.values():
             shard.writer.abandon()
-            shard.writer.path.unlink(missing_ok=True)
 
     def commit(self, tables: Mapping[str, Any], *, replace: bool) -> Commit:
         """Make every file durable under its final name, then the commit; `replace` a damaged commit."""

@@ -5,13 +5,15 @@ the weights and lies outside the run, so that runs of one model share it and kee
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, cast
 
 import google_crc32c
 import torch
 
+from actdb.errors import DamageError
 from actdb.harvesting.models import Model
-from actdb.schema import FileRecord
+from actdb.schema import FileRecord, seal, unseal
 from actdb.storage.folder import Folder
 
 WEIGHTS = "weights"
@@ -40,24 +42,46 @@ def weight_tensors(model: Model, layers: Sequence[int]) -> dict[str, dict[str, t
 
 
 def write_weights(
-    folder: Folder, sha256: str, files: Mapping[str, Mapping[str, torch.Tensor]]
+    folder: Folder, sha256: str, files: Mapping[str, Mapping[str, torch.Tensor]], *, repair: bool
 ) -> tuple[FileRecord, ...]:
-    """Write the files that are missing or damaged, bfloat16 widened to float32; returns the records of all."""
-    from safetensors.torch import save
+    """Write the files that are not there yet, bfloat16 widened to float32; returns the records of all.
 
-    records = []
+    Beside each file its record lies as JSON, so that a further run over the same weights neither serialises nor reads
+    them; with `repair` every byte is checked, and what is damaged is written again.
+    """
+    records: list[FileRecord] = []
     for file, tensors in sorted(files.items()):
         name = f"{WEIGHTS}/{sha256}/{file}.safetensors"
-        kept, metadata = dict(tensors), {"format": "actdb"}
-        if _tied(kept):
-            del kept["unembed.W_U"]
-            metadata["tied"] = TIED
-        content = save({key: _plain(value) for key, value in sorted(kept.items())}, metadata)
-        record = FileRecord(name, len(content), google_crc32c.value(content))
-        if not folder.exists(name) or folder.record(name) != record:
+        record = _written(folder, name, check=repair)
+        if record is None:
+            content = _serialise(tensors)
+            record = FileRecord(name, len(content), google_crc32c.value(content))
             folder.publish(name, content)
-        records.append(record)
+            folder.publish(f"{name}.json", seal(asdict(record)))
+        records += (record, folder.record(f"{name}.json"))
     return tuple(records)
+
+
+def _written(folder: Folder, name: str, *, check: bool) -> FileRecord | None:
+    """Return the record of a weights file that is there, or None where it has to be written."""
+    try:
+        record = FileRecord.from_json(unseal(folder.read_bytes(f"{name}.json"), name))
+        if check:
+            folder.check(record)
+        intact = folder.path(name).stat().st_size == record.stored_bytes and record.path == name
+    except (DamageError, FileNotFoundError, KeyError, TypeError, ValueError):
+        return None
+    return record if intact else None
+
+
+def _serialise(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    kept, metadata = dict(tensors), {"format": "actdb"}
+    if _tied(kept):
+        del kept["unembed.W_U"]
+        metadata["tied"] = TIED
+    return save({key: _plain(value) for key, value in sorted(kept.items())}, metadata)
 
 
 def output_grams(model: Model, layers: Sequence[int]) -> dict[int, torch.Tensor]:

@@ -1,7 +1,10 @@
 """Carrying a read plan out: shards opened once, chunks decoded into place, many chunks in threads."""
 
 import os
+import resource
 import threading
+import weakref
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -9,14 +12,13 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from actdb.errors import DamageError
 from actdb.schema import RunInfo, SiteSpec
 from actdb.selection.plan import ChunkRead
 from actdb.storage import arrays
 from actdb.storage.folder import Folder
 from actdb.storage.shards import ShardReader
 
-MAX_OPEN_SHARDS = 256
+MAX_OPEN_SHARDS = min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 THREADED_BYTES = 4 * 1024**2
 Feature = int | npt.NDArray[np.int64] | slice | None
 
@@ -26,15 +28,27 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(8, os.cpu_count() or 2), "actdb-read")
 
 
+_opening = threading.Lock()
+_opened: deque[tuple["weakref.ref[SiteReader]", int]] = deque()
+"""The shards that this process has open, of all readers, in the order of opening: files are a limited good."""
+
+
+def _close_oldest() -> None:
+    while len(_opened) >= MAX_OPEN_SHARDS:
+        owner, part = _opened.popleft()
+        reader = owner()
+        if reader is not None:
+            reader._shards.pop(part, None)
+
+
 class SiteReader:
-    """Reads one site of one run; keeps up to 256 shards open. `n_reads` counts the chunks read so far."""
+    """Reads one site of one run, from shards that stay open. `n_reads` counts the chunks read so far."""
 
     def __init__(self, folder: Folder, info: RunInfo, spec: SiteSpec) -> None:
         self.spec = spec
         self.n_reads = 0
         self._folder, self._run = folder, info.name
         self._shards: dict[int, ShardReader] = {}
-        self._lock = threading.Lock()
         self._dtype = np.dtype(spec.dtype)
         self._chunk_rows = spec.chunk_shape[spec.axis]
         self._chunks_a_plane = spec.chunk_grid[spec.axis]
@@ -50,6 +64,8 @@ class SiteReader:
             view = self._view(planes[0], reads[0], feature)
             if view is not None:
                 return view
+        for read in reads:  # before memory is asked for: a shard that is there bounds what it can hold
+            self._shard(read.part)
         out = np.empty((len(planes), n_rows, *self._feature_shape(feature)), self._dtype)
         self.read_into(out, planes, reads, feature)
         return out
@@ -59,8 +75,6 @@ class SiteReader:
     ) -> None:
         """Fill `out` [plane, row, …] as planned; large reads go over threads."""
         tasks = [(i, plane, read) for i, plane in enumerate(planes) for read in reads]
-        for read in reads:
-            self._shard(read.part)
         if len(tasks) < 4 or out.nbytes < THREADED_BYTES:
             scratch = self._scratch()
             for i, plane, read in tasks:
@@ -125,17 +139,13 @@ class SiteReader:
         return np.empty(self.spec.feature, np.bool_)[..., feature].shape
 
     def _shard(self, part: int) -> ShardReader:
-        with self._lock:
+        with _opening:
             shard = self._shards.get(part)
             if shard is None:
-                name = arrays.shard_name(self._run, self.spec, part)
-                try:
-                    shard = ShardReader(self._folder.inside(name), self.spec)
-                except PermissionError as exc:
-                    raise DamageError(f"{self._folder.path(name)} cannot be read: permission denied") from exc
-                if len(self._shards) >= MAX_OPEN_SHARDS:
-                    del self._shards[next(iter(self._shards))]
+                _close_oldest()
+                shard = ShardReader(self._folder.inside(arrays.shard_name(self._run, self.spec, part)), self.spec)
                 self._shards[part] = shard
+                _opened.append((weakref.ref(self), part))
             return shard
 
 

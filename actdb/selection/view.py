@@ -101,6 +101,8 @@ class Selection:
             raise SelectionError(f"site {spec.name!r} has no neurons; its axes are {', '.join(spec.dims)}")
         if pos is not None and "prompt" in dims:
             raise SelectionError(f"site {spec.name!r} has no positions; its axes are {', '.join(spec.dims)}")
+        if pos is not None and self._is_pattern and not _is_int(pos):
+            raise SelectionError("pos of a pattern is one query; select it by an int, or slice the square")
         selection = Selection(self._source, given)
         if layer is not None or head is not None:
             _ = selection._axes
@@ -188,7 +190,7 @@ class Selection:
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
         values = self.numpy(pad=self._is_pattern and not self._single)
-        return np.asarray(values) if dtype is None else np.asarray(values, dtype)
+        return np.array(values, dtype, copy=True if copy and not values.flags.writeable else None)
 
     def torch(self, *, pad: bool = False) -> "torch.Tensor | list[torch.Tensor]":
         """Read the values as CPU tensors that own their memory; as `numpy` otherwise."""
@@ -196,7 +198,7 @@ class Selection:
 
         values = self.numpy(pad=pad)
         if isinstance(values, list):
-            return [torch.from_numpy(value) for value in values]
+            return [torch.from_numpy(value if value.flags.writeable else value.copy()) for value in values]
         return torch.from_numpy(values if values.flags.writeable else values.copy())
 
     def xarray(self) -> "xarray.DataArray":
@@ -310,10 +312,11 @@ class Selection:
         if given is not None and _is_int(given):
             ids, single = np.array([prompts.check(operator.index(given))], np.int64), True
         elif isinstance(given, slice):
-            ids, single = np.arange(len(prompts))[given], False
+            ids, single = np.array(_sliced("prompt", given, len(prompts)), np.int64), False
             ids = ids[prompts.stored[ids]]
         elif given is not None:
-            ids, single = np.array([prompts.check(i) for i in _whole("prompt", given)], np.int64), False
+            chosen = _whole("prompt", given, range(len(prompts)))
+            ids, single = np.array([prompts.check(i) for i in chosen], np.int64), False
         else:
             ids, single = prompts.stored_ids(), False
         if where is not None:
@@ -345,17 +348,33 @@ class Selection:
             return Rows(starts + chosen - first, np.ones_like(ids), ids, chosen, single)
         if isinstance(pos, slice):
             spans = zip(self._lengths.tolist(), first.tolist(), strict=True)
-            wanted = [[p for p in range(n)[pos] if p >= begin] for n, begin in spans]
+            sliced = [(_sliced("pos", pos, n), begin) for n, begin in spans]
+            if pos.step is None or pos.step == 1:
+                begins = np.array([max(r.start, begin) for r, begin in sliced], np.int64)
+                ends = np.array([r.stop for r, _ in sliced], np.int64)
+                return Rows(starts + begins - first, np.maximum(ends - begins, 0), ids, begins, False)
+            wanted = [[p for p in r if p >= begin] for r, begin in sliced]
         else:
-            wanted = self._positions(_whole("pos", pos)).tolist()
+            wanted = self._positions(self._whole_positions(pos)).tolist()
         owner = np.repeat(np.arange(len(ids)), [len(w) for w in wanted])
         flat = np.array([p for w in wanted for p in w], np.int64)
         return Rows(starts[owner] + flat - first[owner], np.ones_like(flat), ids[owner], flat, False)
 
+    def _whole_positions(self, pos: Any) -> list[int]:
+        """Return a list or array of positions as a list; a boolean mask must fit every selected prompt."""
+        wanted: list[int] = []
+        for n in np.unique(self._lengths)[[0, -1]].tolist() if len(self._lengths) else ():
+            wanted = _whole("pos", pos, range(n))
+        return wanted
+
     def _positions(self, wanted: Sequence[int]) -> Ints:
         """Resolve positions for every selected prompt: [prompt, position]; raises where one lacks it."""
         ids, lengths = self._chosen[0], self._lengths
-        positions = np.asarray(wanted, np.int64)[None] + np.zeros_like(lengths)[:, None]
+        try:
+            given = np.asarray(wanted, np.int64)
+        except OverflowError as exc:
+            raise SelectionError(f"pos {max(wanted, key=abs)}: no prompt is that long") from exc
+        positions = given[None] + np.zeros_like(lengths)[:, None]
         positions = np.where(positions < 0, positions + lengths[:, None], positions)
         outside = (positions < 0) | (positions >= lengths[:, None])
         if outside.any():
@@ -391,15 +410,13 @@ class Selection:
             offset += count
         if single:
             return out[0]
-        return _padded(out, planes, max(lengths, default=0), self.dtype) if pad else out
+        return _padded(out, self.shape, len(planes), self.dtype) if pad else out
 
     def _pattern_ranges(self) -> tuple[Ints, Ints, list[int | None]]:
         """Return the entry ranges to read, and the query that each is (None: all of the prompt)."""
         rows, pos = self._rows, self._given.get("pos")
         if pos is None:
             return rows.starts, rows.counts, [None] * len(rows.starts)
-        if not _is_int(pos):
-            raise SelectionError("pos of a pattern is one query; select it by an int, or slice the square")
         query = self._positions([operator.index(pos)])[:, 0]
         if self._prompts.last_only:
             return rows.starts, rows.counts, query.tolist()
@@ -440,17 +457,13 @@ def _triangle(n: int) -> Ints:
 
 
 def _padded(
-    squares: list[npt.NDArray[Any]], planes: tuple[int, ...], longest: int, dtype: np.dtype[Any]
+    squares: list[npt.NDArray[Any]], shape: tuple[int, ...], n_planes: int, dtype: np.dtype[Any]
 ) -> npt.NDArray[Any]:
     """Stack patterns of several lengths into [planes…, prompt, (query,) key], NaN beyond each."""
-    if not squares:
-        return np.full((*planes, 0, longest, longest), np.nan, dtype)
-    rank = squares[0].ndim - len(planes)
-    n_queries = () if rank == 1 else (max(square.shape[-2] for square in squares),)
-    out = np.full((*planes, len(squares), *n_queries, longest), np.nan, dtype)
+    out = np.full(shape, np.nan, dtype)
     for i, square in enumerate(squares):
-        inner = [slice(extent) for extent in square.shape[len(planes) :]]
-        place: tuple[Any, ...] = (*[slice(None)] * len(planes), i, *inner)
+        inner = [slice(extent) for extent in square.shape[n_planes:]]
+        place: tuple[Any, ...] = (*[slice(None)] * n_planes, i, *inner)
         out[place] = square
     return out
 
@@ -461,11 +474,11 @@ def _axis(name: str, index: Any, numbers: Sequence[int]) -> Axis:
     if index is None:
         return Axis(tuple(range(len(numbers))), tuple(numbers), False)
     if isinstance(index, slice):
-        bounds = range(max(numbers, default=-1) + 1)[index]
+        bounds = _sliced(name, index, max(numbers, default=-1) + 1)
         chosen = [number for number in bounds if places is None or number in places]
         return Axis(tuple(n if places is None else places[n] for n in chosen), tuple(chosen), False)
     dropped = _is_int(index)
-    wanted = [operator.index(index)] if dropped else _whole(name, index)
+    wanted = [operator.index(index)] if dropped else _whole(name, index, numbers)
     for number in wanted:
         if (number not in places) if places is not None else not 0 <= number < len(numbers):
             raise SelectionError(f"{name} {number}: there are {name}s {_range_text(numbers)}")
@@ -482,12 +495,21 @@ def _is_int(index: Any) -> bool:
     return not isinstance(index, bool | np.bool_) and hasattr(index, "__index__") and not getattr(index, "shape", ())
 
 
-def _whole(name: str, index: Any) -> list[int]:
-    """Return a list or array of whole numbers as a list; a boolean mask is turned into places."""
+def _sliced(name: str, index: slice, n: int) -> range:
+    try:
+        return range(n)[index]
+    except (TypeError, ValueError) as exc:
+        raise SelectionError(f"{name}={index!r}: {exc}") from exc
+
+
+def _whole(name: str, index: Any, numbers: Sequence[int]) -> list[int]:
+    """Return a list or array of whole numbers as a list; a boolean mask picks from `numbers` and has their length."""
     try:
         array = np.asarray(index)
         if array.dtype == bool and array.ndim == 1:
-            return [int(i) for i in np.flatnonzero(array)]
+            if len(array) != len(numbers):
+                raise SelectionError(f"{name}: the mask has {len(array)} places instead of {len(numbers)}")
+            return [numbers[i] for i in np.flatnonzero(array).tolist()]
         if array.ndim != 1 or not (array.size == 0 or np.issubdtype(array.dtype, np.integer)):
             raise TypeError
     except (TypeError, ValueError) as exc:

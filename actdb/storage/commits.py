@@ -67,7 +67,11 @@ def check_info(info: RunInfo) -> None:
         if [dim in AXES for dim in site.dims].count(True) != 1 or site.codec not in codecs.CODECS:
             raise ValueError(f"malformed site {site.name!r}")
         outer, planes = site.dims[: site.axis], site.planes
-        if outer not in OUTER_DIMS or site.shard_shape[: site.axis] != planes or prod(site.chunk_shape[: site.axis]) != 1:
+        if (
+            outer not in OUTER_DIMS
+            or site.shard_shape[: site.axis] != planes
+            or prod(site.chunk_shape[: site.axis]) != 1
+        ):
             raise ValueError(f"malformed axes of site {site.name!r}")
         if not site.feature == site.shard_shape[site.axis + 1 :] == site.chunk_shape[site.axis + 1 :]:
             raise ValueError(f"malformed features of site {site.name!r}")

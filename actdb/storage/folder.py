@@ -19,7 +19,7 @@ from pathlib import Path
 
 import google_crc32c
 
-from actdb.errors import DamageError, DatabaseError, SpaceError, WriteError
+from actdb.errors import ActdbError, DamageError, DatabaseError, SpaceError, WriteError
 from actdb.schema import FORMAT_VERSION, FileRecord
 
 MARKER = "actdb.json"
@@ -247,12 +247,12 @@ def readable_bytes(size: float) -> str:
 
 
 def write_error(exc: OSError, path: str) -> Exception:
-    """Translate an operating-system error of a write."""
-    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+    """Translate an operating-system error of a write; one that is translated already is returned as it is."""
+    if isinstance(exc, ActdbError):
+        return exc
+    if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return SpaceError(f"no space left while writing {path}; free some and run the same command again")
-    if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return WriteError(f"cannot write {path}: {os.strerror(exc.errno)}")
-    return exc
+    return WriteError(f"cannot write {path}: {exc.strerror or exc}")
 
 
 def _host() -> str:

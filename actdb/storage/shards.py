@@ -43,10 +43,8 @@ class ShardWriter:
         """Append an encoded chunk; `chunk` is its C-order number in the shard's chunk grid."""
         size = len(payload) + len(crc)
         written = os.writev(self._file.fileno(), (payload, crc))
-        if written != size:  # a nearly full disk may take a part: the next write then says so
-            rest = (payload + crc)[written:]
-            while rest:
-                rest = rest[self._file.write(rest) or 0 :]
+        if written != size:
+            self._write_rest((payload + crc)[written:])
         self._index[chunk] = (self._offset, size)
         self._offset += size
 
@@ -54,14 +52,19 @@ class ShardWriter:
         """Write the index, sync, close; returns the record that a commit keeps under `name`."""
         index = self._index.tobytes()
         crc = google_crc32c.value(index)
-        self._file.write(index + crc.to_bytes(codecs.CRC_BYTES, "little"))
+        self._write_rest(index + crc.to_bytes(codecs.CRC_BYTES, "little"))
         os.fsync(self._file.fileno())
         self._file.close()
         return FileRecord(name, self._offset + len(index) + codecs.CRC_BYTES, crc)
 
     def abandon(self) -> None:
-        """Close without an index; the file is left to its owner to remove."""
+        """Close and remove the unfinished file."""
         self._file.close()
+        self.path.unlink(missing_ok=True)
+
+    def _write_rest(self, rest: bytes) -> None:
+        while rest:  # a nearly full disk may take a part: the next write then says so
+            rest = rest[self._file.write(rest) or 0 :]
 
 
 class ShardReader:
