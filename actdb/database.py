@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from actdb import catalog
-from actdb.errors import RunError, SettingError, WriteError
+from actdb.errors import DamageError, RunError, SettingError, WriteError
 from actdb.harvesting.settings import Settings, parse_sites
 from actdb.run import Run
 from actdb.storage import commits, verify
@@ -204,8 +204,16 @@ class Database:
             return catalog.words(self._connect())
 
     def verify(self) -> list[verify.Damage]:
-        """Check every stored byte against its checksum; returns what is damaged, [] where all is well."""
-        return list(verify.check_database(self._snapshot))
+        """Check every stored byte against its checksum; returns what is damaged, [] where all is well.
+
+        The catalog, which is derived, is read whole too. Costs one pass over all files.
+        """
+        damages = list(verify.check_database(self._snapshot))
+        try:
+            catalog.check_catalog(self._folder)
+        except DamageError as exc:
+            damages.append(verify.Damage("catalog.duckdb", str(exc)))
+        return damages
 
     def remove(self, run: str) -> int:
         """Delete a run: its arrays, statistics and weights that no other run uses; returns the bytes freed.

@@ -151,6 +151,8 @@ def test_the_catalog_is_derived(tmp_path: Path) -> None:
     for damage in (Path.unlink, lambda path: path.write_bytes(b"nonsense" * 100)):
         damage(out / "catalog.duckdb")
         with actdb.open(out) as db:
+            assert [found.path for found in db.verify()] == ["catalog.duckdb"] * (out / "catalog.duckdb").exists()
+        with actdb.open(out) as db:
             assert db.sql(query).fetchall() == before
         assert (out / "catalog.duckdb").exists()
 
