@@ -1,5 +1,6 @@
 """Selections against NumPy indexing, and the reads that they cost."""
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,15 @@ def test_row_sites_equal_numpy(made: tuple[actdb.Run, Written], data: st.DataObj
             given_[name] = index
     prompts, dropped = chosen_prompts(data, run, given_)
     lengths = [written.lengths[p] for p in prompts]
-    pos = data.draw(st.sampled_from([None, -1, 0, slice(1, None), slice(-2, None), [0], [-1, 0]]))
+    slices = [
+        slice(1, None),
+        slice(-2, None),
+        slice(None, -1),
+        slice(3, 1),
+        slice(None, None, 2),
+        slice(None, None, -1),
+    ]
+    pos = data.draw(st.sampled_from([None, -1, 0, [0], [-1, 0], np.array([-1]), np.int64(0), *slices]))
     if pos is not None:
         given_["pos"] = pos
     selection = run[site].sel(**given_)
@@ -81,7 +90,7 @@ def test_row_sites_equal_numpy(made: tuple[actdb.Run, Written], data: st.DataObj
     for place, index in reversed(list(enumerate(places[:axis]))):
         want = want[(*[slice(None)] * place, index)]
     want = want[..., places[-1]]
-    if dropped and isinstance(pos, int):
+    if dropped and isinstance(pos, int | np.integer):
         want = want.take(0, axis=want.ndim - 1 - (0 if isinstance(places[-1], int) else 1))
     assert selection.shape == want.shape
     assert selection.dtype == want.dtype
@@ -180,11 +189,85 @@ def test_prompt_level_site(made: tuple[actdb.Run, Written]) -> None:
         ({"pos": [0, -50]}, "pos -50"),
         ({"layer": "a"}, "give an int, a slice, or a list of ints"),
         ({"head": [0.5]}, "give an int, a slice, or a list of ints"),
+        ({"prompt": True}, "give an int, a slice, or a list of ints"),
+        ({"prompt": [[1]]}, "give an int, a slice, or a list of ints"),
+        ({"prompt": 2**70}, "prompt 1180591620717411303424: run 'made' has prompts 0 to 10"),
+        ({"prompt": [True, False]}, "prompt: the mask has 2 places instead of 11"),
+        ({"layer": [True]}, "layer: the mask has 1 places instead of 3"),
+        ({"head": np.ones(3, bool)}, "head: the mask has 3 places instead of 2"),
+        ({"pos": [True] * 40}, "pos: the mask has 40 places instead of"),
+        ({"pos": 2**70}, "pos 1180591620717411303424: no prompt is that long"),
+        ({"pos": np.array([2**63], np.uint64)}, "pos 9223372036854775808: no prompt is that long"),
+        ({"layer": slice(0, 1, 0)}, "layer=.*slice step cannot be zero"),
+        ({"prompt": slice(0, 4, 0)}, "prompt=.*slice step cannot be zero"),
+        ({"pos": slice(None, None, 0)}, "pos=.*slice step cannot be zero"),
+        ({"pos": slice(0.5)}, "pos=.*slice indices must be integers"),
     ],
 )
 def test_outside_the_range(made: tuple[actdb.Run, Written], index: dict[str, Any], message: str) -> None:
     with pytest.raises(actdb.SelectionError, match=message):
         made[0]["k"].sel(**index).numpy()
+
+
+def test_masks(made: tuple[actdb.Run, Written]) -> None:
+    """A boolean mask picks places along an axis, as in NumPy, also where layer numbers have gaps."""
+    run, written = made
+    layers, prompts = np.array([False, True, True]), np.arange(11) % 3 == 0
+    selection = run["k"].sel(layer=layers, prompt=prompts)
+    assert selection.layers == (2, 5)
+    chosen = [value for value, wanted in zip(written.values["k"], prompts, strict=True) if wanted]
+    assert np.array_equal(selection.numpy(), np.concatenate(chosen, axis=2)[1:])
+    prompt = int(np.argmax(written.lengths))
+    mask = np.arange(written.lengths[prompt]) % 2 == 1
+    assert np.array_equal(run["k"].sel(prompt=prompt, pos=mask).numpy(), written.values["k"][prompt][:, :, mask])
+
+
+@pytest.mark.parametrize("codec", ["lz4", "raw"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_last_positions(tmp_path: Path, codec: str, causal: bool) -> None:
+    """Runs that keep the last position of each prompt: one row each, and a pattern of one query."""
+    run, written = make(tmp_path, positions="last", codec=codec, causal=causal, seed=9)
+    everything = np.concatenate(written.values["k"], axis=2)
+    for pos in (None, -1, slice(None), slice(-1, None), [-1]):
+        selection = run["k"].sel(**({} if pos is None else {"pos": pos}))
+        assert np.array_equal(selection.numpy(), everything)
+        assert selection.pos.tolist() == [n - 1 for n in written.lengths]
+    for prompt, n in enumerate(written.lengths):
+        assert np.array_equal(run["k"].sel(prompt=prompt, pos=n - 1).numpy(), everything[:, :, prompt])
+        pattern = run["pattern"].sel(prompt=prompt)
+        assert pattern.dims == ("layer", "head", "query", "key")
+        assert pattern.shape == (3, 2, 1, n)
+        assert np.array_equal(pattern.numpy()[:, :, 0], written.values["pattern"][prompt])
+        assert np.array_equal(pattern.sel(pos=-1).numpy(), written.values["pattern"][prompt])
+    padded = run["pattern"].numpy(pad=True)
+    assert padded.shape == run["pattern"].shape == (3, 2, run.n_prompts, 1, max(written.lengths))
+    longer = next(prompt for prompt, n in enumerate(written.lengths) if n > 1)
+    assert run["k"].sel(prompt=longer, pos=slice(0, 1)).shape == (3, 2, 0, 2)
+    with pytest.raises(actdb.SelectionError, match="stores the last position of each prompt only"):
+        run["k"].sel(prompt=longer, pos=0).numpy()
+    with pytest.raises(actdb.SelectionError, match="stores the last position of each prompt only"):
+        run["pattern"].sel(prompt=longer, pos=0).numpy()
+
+
+def test_nothing_selected(made: tuple[actdb.Run, Written]) -> None:
+    run, _ = made
+    for options, shape in (
+        ({"prompt": []}, (3, 2, 0, 2)),
+        ({"prompt": [], "pos": [0]}, (3, 2, 0, 2)),
+        ({"prompt": [], "pos": -1, "layer": 2}, (2, 0, 2)),
+        ({"layer": [], "prompt": 0, "pos": 0}, (0, 2, 2)),
+        ({"neuron": [], "prompt": 0, "pos": 0}, (3, 2, 0)),
+        ({"head": slice(1, 1)}, None),
+    ):
+        selection = run["k"].sel(**options)
+        assert shape is None or selection.shape == shape
+        assert selection.numpy().shape == selection.shape
+        assert sum(len(block) for block in selection.batches(4)) == selection.n_rows
+    nothing = run["pattern"].sel(prompt=[])
+    assert nothing.numpy() == []
+    for selection in (nothing, nothing.sel(pos=0)):
+        assert selection.numpy(pad=True).shape == selection.shape
+    assert list(nothing.batches(3)) == []
 
 
 def test_axes_that_a_site_lacks(made: tuple[actdb.Run, Written]) -> None:
@@ -193,6 +276,8 @@ def test_axes_that_a_site_lacks(made: tuple[actdb.Run, Written]) -> None:
         ("resid_post", {"head": 0}, "no heads; its axes are layer, row, d_model"),
         ("embed", {"layer": 0}, "no layers"),
         ("pattern", {"neuron": 0}, "no neurons"),
+        ("pattern", {"pos": slice(0, 2)}, "pos of a pattern is one query"),
+        ("pattern", {"pos": [0]}, "pos of a pattern is one query"),
     ):
         with pytest.raises(actdb.SelectionError, match=message):
             run[site].sel(**index)
@@ -288,9 +373,59 @@ def test_other_forms(made: tuple[actdb.Run, Written]) -> None:
     assert int(array.coords["layer"]) == 2
     assert array.coords["prompt"].values.tolist() == selection.prompt.tolist()
     assert array.coords["pos"].values.tolist() == selection.pos.tolist()
+    copied = np.array(run["embed"].sel(prompt=0))  # a raw chunk alone is a read-only view of the file
+    assert copied.flags.writeable
+    assert np.array_equal(np.asarray(selection, np.float64), values.astype(np.float64))
+    one = run["pooled"].sel(prompt=2).xarray()
+    assert one.dims == ("feature",)
+    assert int(one.coords["prompt"]) == 2
     patterns = run["pattern"].sel(head=0, prompt=[1, 0]).xarray()
     assert patterns.dims == ("layer", "prompt", "query", "key")
     assert patterns.coords["layer"].values.tolist() == list(LAYERS)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_tensors_of_patterns_own_their_memory(tmp_path: Path, causal: bool) -> None:
+    run, _ = make(tmp_path, codec="raw", causal=causal)
+    selection = run["pattern"].sel(layer=2, head=1)
+    tensors = [*selection.torch(), *(selection.sel(prompt=prompt).torch() for prompt in range(run.n_prompts))]
+    for tensor, wanted in zip(tensors, selection.numpy() * 2, strict=True):
+        assert np.array_equal(tensor.numpy(), wanted)
+        tensor += 1
+    assert np.array_equal(selection.torch()[0].numpy(), selection.numpy()[0])
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+@pytest.mark.parametrize("codec", ["lz4", "raw"])
+def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str) -> None:
+    """Any number of runs, sites and parts can be read by one process: all readers share one limit."""
+    monkeypatch.setattr("actdb.selection.reader.MAX_OPEN_SHARDS", 6)
+    for i in range(3):
+        write_run(tmp_path / "x.actdb", name=f"run{i}", seed=i, codec=codec, n_parts=6, n_prompts=24)
+    with actdb.open(tmp_path / "x.actdb") as db:
+        runs, before = db.runs(), open_files()
+        for _ in range(2):
+            for i, run in enumerate(runs):
+                assert run.name == f"run{i}"
+                for site in run:
+                    run[site].numpy()
+                    for prompt in range(0, 24, 5):
+                        run[site].sel(prompt=prompt).numpy()
+                    assert open_files() - before <= 2 * 6  # a raw shard is open twice: mapped, and for its index
+
+
+def test_threads_inside_a_read(made: tuple[actdb.Run, Written], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large reads go over threads; here every read does, with more shards than may be open."""
+    run, written = made
+    monkeypatch.setattr("actdb.selection.reader.THREADED_BYTES", 0)
+    monkeypatch.setattr("actdb.selection.reader.MAX_OPEN_SHARDS", 2)
+    for _ in range(5):
+        assert np.array_equal(run["k"].numpy(), np.concatenate(written.values["k"], axis=2))
+        assert np.array_equal(run["embed"].sel(neuron=3).numpy(), np.concatenate(written.values["embed"])[:, 3])
 
 
 def test_partial_runs_show_committed_prompts_only(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from actdb.errors import DamageError, SelectionError
 from actdb.schema import RunInfo, SiteSpec
-from actdb.storage.commits import RUNS
+from actdb.storage.commits import RUNS, read_run_file
 from actdb.storage.folder import Folder
 
 COLUMNS = ("n_tokens", "part", "row_start", "n_rows", "entry_start", "n_entries")
@@ -59,12 +59,10 @@ def read_prompt_index(folder: Folder, info: RunInfo, parts: tuple[int, ...]) -> 
     import pyarrow.parquet as pq
 
     name = f"{RUNS}/{info.name}/prompts.parquet"
-    path = folder.inside(name)
+    content = read_run_file(folder, info, name)
     try:
-        table = pq.read_table(path, columns=list(COLUMNS))
+        table = pq.read_table(pa.BufferReader(content), columns=list(COLUMNS))
         columns = [_integers(table.column(column)) for column in COLUMNS]
-    except FileNotFoundError as exc:
-        raise DamageError(f"{folder.path(name)} is missing; run the same harvest again to repair it") from exc
     except (pa.ArrowException, OSError, KeyError, ValueError) as exc:
         raise DamageError(f"{folder.path(name)} is damaged; run the same harvest again to repair it") from exc
     if len(columns[0]) != info.n_prompts:

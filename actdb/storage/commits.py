@@ -3,10 +3,11 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
 
+import google_crc32c
 import numpy as np
 
 from actdb.errors import DamageError
@@ -17,6 +18,7 @@ from actdb.storage.folder import Folder
 RUNS = "runs"
 TABLES = "tables"
 COMMIT_FILE = re.compile(r"[0-9]{6,9}\.json")
+MALFORMED = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
 MAX_CHUNK_BYTES = 2**31 - 1
 MAX_LAYERS = 2**16
 AXES = ("row", "entry", "prompt")
@@ -46,21 +48,39 @@ def claim_run(folder: Folder, info: RunInfo) -> bool:
 def read_run(folder: Folder, run: str) -> RunInfo:
     """Read a run's `run.json`; raises `DamageError` where it is missing or malformed."""
     name = f"{RUNS}/{run}/run.json"
-    value = _read_sealed(folder, name)
-    try:
-        info = RunInfo.from_json(value)
-        check_info(info)
-    except (KeyError, TypeError, ValueError) as exc:
-        raise DamageError(f"{folder.path(name)} is damaged: {exc}") from exc
+    info = _parse_run(folder.read_bytes(name), str(folder.path(name)))
     if info.name != run:
         raise DamageError(f"{folder.path(name)} is damaged: it names run {info.name!r}")
     return info
 
 
+@lru_cache(maxsize=1024)  # a process that harvests hundreds of checkpoints opens the database after each
+def _parse_run(text: bytes, path: str) -> RunInfo:
+    value = _parse_sealed(text, path)
+    try:
+        info = RunInfo.from_json(value)
+        check_info(info)
+    except MALFORMED as exc:
+        raise DamageError(f"{path} is damaged: {exc}") from exc
+    return info
+
+
+def read_run_file(folder: Folder, info: RunInfo, name: str) -> bytes:
+    """Read one of a run's own files whole, checked against the checksum in `run.json`."""
+    record = next((record for record in info.files if record.path == name), None)
+    try:
+        content = folder.read_bytes(name)
+        if record is not None and google_crc32c.value(content) != record.crc32c:
+            raise DamageError(f"{folder.path(name)} does not match its checksum")
+    except DamageError as exc:
+        raise DamageError(f"{exc}; run the same harvest again to repair it") from exc
+    return content
+
+
 def check_info(info: RunInfo) -> None:
     """Raise `ValueError` unless a run's plan and arrays hang together, so that no reader is led astray by them."""
-    if type(info.plan.get("causal")) is not bool or not isinstance(info.plan.get("step"), int | None):
-        raise ValueError("malformed plan")
+    if type(info.plan.get("causal")) is not bool:
+        raise ValueError("its plan does not say whether attention is causal")
     if len({site.name for site in info.sites}) != len(info.sites):
         raise ValueError("a site is named twice")
     for site in info.sites:
@@ -78,7 +98,9 @@ def check_info(info: RunInfo) -> None:
         if prod(site.chunk_shape) * np.dtype(site.dtype).itemsize > MAX_CHUNK_BYTES:
             raise ValueError(f"chunks of site {site.name!r} are too large")
         layers = list(site.layers)
-        if layers and (layers != sorted({*layers}) or not 0 <= layers[-1] < MAX_LAYERS or len(layers) != planes[0]):
+        if layers and (site.dims[0] != "layer" or len(layers) != planes[0] or layers != sorted({*layers})):
+            raise ValueError(f"malformed layers of site {site.name!r}")
+        if layers and not 0 <= layers[0] <= layers[-1] < MAX_LAYERS:
             raise ValueError(f"malformed layers of site {site.name!r}")
 
 
@@ -101,10 +123,10 @@ def committed_parts(folder: Folder, run: str) -> list[int]:
 def read_commit(folder: Folder, run: str, part: int) -> Commit:
     """Read one commit; raises `DamageError` where it is missing or malformed."""
     name = commit_name(run, part)
-    value = _read_sealed(folder, name)
+    value = _parse_sealed(folder.read_bytes(name), str(folder.path(name)))
     try:
         return Commit.from_json(value)
-    except (KeyError, TypeError, ValueError) as exc:
+    except MALFORMED as exc:
         raise DamageError(f"{folder.path(name)} is damaged: {exc}") from exc
 
 
@@ -140,11 +162,10 @@ class Snapshot:
         return digest({"runs": runs, "tables": {name: list(files) for name, files in self.tables.items()}})
 
 
-def _read_sealed(folder: Folder, name: str) -> dict[str, Any]:
-    text = folder.read_bytes(name)
-    value = unseal(text, str(folder.path(name)))
+def _parse_sealed(text: bytes, path: str) -> dict[str, Any]:
+    value = unseal(text, path)
     if seal(value) != text:  # the same value in other letters: 1E-7, \u00E9
-        raise DamageError(f"{folder.path(name)} is not the JSON that was written")
+        raise DamageError(f"{path} is not the JSON that was written")
     return value
 
 
