@@ -67,7 +67,7 @@ def read_prompt_index(folder: Folder, info: RunInfo, parts: tuple[int, ...]) -> 
         raise DamageError(f"{folder.path(name)} is damaged; run the same harvest again to repair it") from exc
     if len(columns[0]) != info.n_prompts:
         raise DamageError(f"{folder.path(name)} is damaged: {len(columns[0])} prompts instead of {info.n_prompts}")
-    stored = np.isin(columns[1], np.asarray(parts, np.int64))
+    stored = np.isin(columns[1], np.asarray([part for part in parts if part < info.n_parts < 2**31], np.int64))
     last_only = info.plan.get("positions") == "last"
     index = PromptIndex(run=info.name, **dict(zip(COLUMNS, columns, strict=True)), stored=stored, last_only=last_only)
     if not _fits(index, info):
