@@ -271,7 +271,7 @@ def test_temporary_files_of_the_dead_are_swept(tmp_path: Path) -> None:
     for path in (*gone, *kept):
         path.write_text("x")
     os.utime(gone[3], (0, 0))
-    Folder(out).sweep("runs", "arrays.zarr/tiny/k")
+    Folder(out).sweep("arrays.zarr/tiny/k")
     assert [path.exists() for path in gone] == [False, False, False, False, True]
     actdb.harvest(TinyModel(), prompts, out)
     assert [path.exists() for path in gone] == [False] * len(gone)

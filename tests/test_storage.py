@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -434,7 +435,7 @@ def test_other_formats_and_other_folders(tmp_path: Path) -> None:
             call()
 
 
-@pytest.mark.parametrize("kind", ["shard", "prompts", "commit", "run", "site"])
+@pytest.mark.parametrize("kind", ["shard", "prompts", "commit", "commits", "run", "site"])
 def test_links_that_lead_outside_are_refused(tmp_path: Path, kind: str) -> None:
     out, outside = tmp_path / "x.actdb", tmp_path / "outside"
     run = harvest(out)
@@ -444,16 +445,46 @@ def test_links_that_lead_outside_are_refused(tmp_path: Path, kind: str) -> None:
         "shard": arrays.shard_name(run.name, spec, 0),
         "prompts": f"runs/{run.name}/prompts.parquet",
         "commit": commits.commit_name(run.name, 0),
+        "commits": f"runs/{run.name}/commits",
         "run": f"runs/{run.name}",
         "site": f"arrays.zarr/{run.name}/z",
     }[kind]
     shutil.move(out / target, outside)
     os.symlink(outside, out / target)
+    before = times_below(outside)
     with actdb.open(out) as db:
         assert any("leads outside" in damage.message for damage in db.verify())
         if kind in ("shard", "prompts", "site"):
             with pytest.raises(actdb.DamageError, match="leads outside"):
                 db.run()["z"].numpy()
+    with suppress(actdb.ActdbError):  # it repairs what it can, and writes nothing through the link
+        harvest(out)
+    assert times_below(outside) == before
+
+
+def times_below(path: Path) -> dict[Path, int]:
+    """When a file, or each file and folder below a folder, was last written."""
+    return {found: found.stat().st_mtime_ns for found in [path, *path.rglob("*")]}
+
+
+@pytest.mark.parametrize("name", ["arrays.zarr", "weights", "tables"])
+def test_linked_folders_are_refused(tmp_path: Path, name: str) -> None:
+    out, outside = tmp_path / "x.actdb", tmp_path / "outside"
+    run = harvest(out)
+    with actdb.open(out, mode="a") as db:
+        db.add_results("study", run, values={"x": 1.0})
+    shutil.move(out / name, outside)
+    os.symlink(outside, out / name)
+    before = times_below(outside)
+    if name == "tables":
+        with pytest.raises(actdb.DamageError, match="leads outside"):
+            actdb.open(out)
+    else:
+        with actdb.open(out) as db:
+            assert any("leads outside" in damage.message for damage in db.verify())
+    with pytest.raises(actdb.DamageError, match="leads outside"):
+        harvest(out, run="another")
+    assert times_below(outside) == before
 
 
 def test_a_pipe_is_no_file(tmp_path: Path) -> None:

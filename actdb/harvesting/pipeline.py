@@ -227,7 +227,7 @@ class PartWriter:
         try:
             for spec in info.sites:
                 name = arrays.shard_name(info.name, spec, part)
-                folder.path(name).parent.mkdir(parents=True, exist_ok=True)
+                folder.make_parent(name)
                 self._names[spec.name] = name
                 self._shards[spec.name] = SiteShard(spec, temporary_path(folder.path(name)), writers)
         except OSError as exc:
@@ -273,7 +273,7 @@ class PartWriter:
         import pyarrow.parquet as pq
 
         name = commits.table_name(self._info.name, self.part, table)
-        self._folder.path(name).parent.mkdir(parents=True, exist_ok=True)
+        self._folder.make_parent(name)
         with self._folder.temporary(name) as path:
             pq.write_table(content, path, compression="zstd")
             with open(path, "rb") as file:

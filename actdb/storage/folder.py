@@ -142,14 +142,22 @@ class Folder:
 
     def publish(self, name: str, content: bytes, *, exclusive: bool = False) -> bool:
         """Write a small file whole; with `exclusive`, only where the name is free. Returns whether it was written."""
+        self.make_parent(name)
         try:
-            self.path(name).parent.mkdir(parents=True, exist_ok=True)
             with self.temporary(name) as path:
                 with open(path, "wb") as file:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
                 return self.adopt(path, name, exclusive=exclusive)
+        except OSError as exc:
+            raise write_error(exc, str(self.path(name))) from exc
+
+    def make_parent(self, name: str) -> None:
+        """Create the folder that a file will lie in; raises `DamageError` where a link leads it outside."""
+        parent = self.inside(os.path.dirname(name))
+        try:
+            os.makedirs(parent, exist_ok=True)
         except OSError as exc:
             raise write_error(exc, str(self.path(name))) from exc
 
@@ -187,12 +195,12 @@ class Folder:
     def sweep(self, *names: str) -> None:
         """Remove the temporary files of processes that are gone, and of other hosts after a day.
 
-        Looks through the whole database, or only through the subfolders `names` and at the files beside them.
+        Looks through the whole database, or only through the subfolders `names`, at the files beside them and on top.
         """
         for name in names or ("",):
-            for parent, _, files in os.walk(self.root / name):
+            for parent, _, files in os.walk(self.inside(name)):
                 _remove_abandoned(parent, files)
-        for parent in {str((self.root / name).parent) for name in names}:
+        for parent in {self._real, *(self.inside(os.path.dirname(name)) for name in names)}:
             if os.path.isdir(parent):
                 _remove_abandoned(parent, os.listdir(parent))
 
