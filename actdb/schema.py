@@ -13,7 +13,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-import google_crc32c
+from crc32c import crc32c
 
 from actdb.errors import DamageError, SettingError
 
@@ -39,14 +39,15 @@ def digest(value: Any) -> str:
 
 def seal(value: Mapping[str, Any]) -> bytes:
     """Return a JSON file's content: the value with a CRC-32C of its canonical form beside it."""
-    return canonical_json({**value, SEAL: google_crc32c.value(canonical_json(value).encode())}).encode()
+    assert SEAL not in value, "the seal would replace it"
+    return canonical_json({**value, SEAL: crc32c(canonical_json(value).encode())}).encode()
 
 
 def unseal(text: bytes, path: str) -> dict[str, Any]:
     """Parse a sealed JSON file; raises `DamageError` naming the file where it was altered."""
     try:
         value = json.loads(text)
-        intact = value.pop(SEAL) == google_crc32c.value(canonical_json(value).encode())
+        intact = value.pop(SEAL) == crc32c(canonical_json(value).encode())
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as exc:
         raise DamageError(f"{path} is damaged: not the JSON that was written") from exc
     if not intact:

@@ -210,6 +210,16 @@ def test_many_tiny_runs(tmp_path: Path) -> None:
     assert opening_s < 0.2
 
 
+def test_weights_are_written_once(tmp_path: Path) -> None:
+    """A further run over the same weights leaves their files alone."""
+    out = tmp_path / "x.actdb"
+    harvest(out, run="first", sites=["z"])
+    written = {path: path.stat().st_mtime_ns for path in (out / "weights").rglob("*")}
+    harvest(out, run="second", sites=["k"])
+    assert {path: path.stat().st_mtime_ns for path in (out / "weights").rglob("*")} == written
+    assert len(written) > 3
+
+
 def test_importing_is_quick() -> None:
     """Below 0.3 s of processor time; about 0.15 s, of which NumPy takes two thirds."""
     code = "import time; began = time.process_time(); import actdb; print(time.process_time() - began)"

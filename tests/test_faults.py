@@ -343,7 +343,7 @@ def test_errors_reach_the_caller_and_leave_nothing(tmp_path: Path, monkeypatch: 
     def broken(*_: Any, **__: Any) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    for target in ("encode_chunk", "ShardWriter.write", "ShardWriter.finish", "commits.write_commit", "SiteShard"):
+    for target in ("encode_chunks", "ShardWriter.write", "ShardWriter.finish", "commits.write_commit", "SiteShard"):
         with monkeypatch.context() as patch:
             patch.setattr(f"actdb.harvesting.pipeline.{target}", broken)
             with pytest.raises(OSError, match="Input/output error"):

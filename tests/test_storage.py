@@ -126,12 +126,13 @@ def test_shards_of_zarr_python_are_read(tmp_path: Path, codec: str) -> None:
 @settings(deadline=None)
 def test_codecs_give_back_what_they_took(values: np.ndarray, codec: str) -> None:
     payload, crc = codecs.encode(values, codec)
-    assert codecs.checksum_matches(payload + crc)
+    stored = bytes(payload) + crc
+    assert codecs.checksum_matches(stored)
     out = np.empty_like(values)
-    codecs.decode(payload + crc, codec, out)
+    codecs.decode(stored, codec, out)
     assert out.tobytes() == values.tobytes()
     with pytest.raises(ValueError, match="bytes instead of"):
-        codecs.decode(payload + crc, codec, np.empty((18, 3), values.dtype))
+        codecs.decode(stored, codec, np.empty((18, 3), values.dtype))
 
 
 @given(hnp.arrays(st.sampled_from([np.float16, np.float32]), 9, elements={"allow_nan": True, "allow_infinity": True}))
@@ -148,8 +149,7 @@ def test_rounding_is_bitround(values: np.ndarray, bits: int) -> None:
     from numcodecs.bitround import BitRound
 
     want = BitRound(bits).decode(BitRound(bits).encode(values.copy()))
-    rounded = values.copy()
-    error = codecs.round_mantissas(rounded, bits)
+    rounded, error = codecs.round_mantissas(values, bits)
     finite = np.isfinite(want)
     assert np.array_equal(rounded[finite], want[finite])
     assert np.isfinite(rounded).all()

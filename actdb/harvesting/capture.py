@@ -83,20 +83,28 @@ def pad_batch(
 
 
 def pack(site: HarvestSite, tensor: torch.Tensor, batch: PaddedBatch, dtype: torch.dtype) -> torch.Tensor:
-    """Return one layer's stored block of a batch: [head, row or entry, …] or [row, …], contiguous, in `dtype`."""
+    """Return one layer's stored block of a batch: [head, row or entry, …] or [row, …], contiguous, in `dtype`.
+
+    The block never shares memory with the activation, which the model may go on to change in place.
+    """
     if site.transform is not None:
         tensor = top_entries(tensor, site.width, values=site.transform == "top_value")
     elif site.kind == "entry":
-        return _pack_entries(tensor.to(dtype), batch)
+        return _own(_pack_entries(tensor.to(dtype), batch), tensor)
     if site.kind == "prompt":
-        return tensor.to(dtype).contiguous()
+        return _own(tensor.to(dtype).contiguous(), tensor)
     rows = tensor.flatten(0, 1)  # [batch·pos, …]
     if batch.valid is not None:
         rows = rows.index_select(0, batch.valid)
     rows = rows.to(dtype)
     if site.n_heads is not None:
         rows = rows.transpose(0, 1)  # [head, row, d_head]
-    return rows.contiguous()
+    return _own(rows.contiguous(), tensor)
+
+
+def _own(block: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the block, copied where it still lies in the activation's memory."""
+    return block.clone() if block.data_ptr() == tensor.data_ptr() else block
 
 
 def _pack_entries(pattern: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
@@ -113,8 +121,11 @@ def _pack_entries(pattern: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
         if uniform:
             return pattern.transpose(0, 1).reshape(n_heads, -1).contiguous()
         return torch.cat([pattern[i, :, :n, :n].reshape(n_heads, -1) for i, n in enumerate(batch.lengths)], dim=1)
-    by_head = pattern.transpose(0, 1).reshape(n_heads, n_batch, longest * longest)
-    triangles = by_head.index_select(2, batch.packing)  # [head, batch, entry]
+    by_head = pattern.transpose(0, 1)
+    if pattern.device.type == "cpu":  # rows as they lie: 0.8 ms for [16, 12, 128, 128] where gathering takes 2.5
+        triangles = torch.cat([by_head[:, :, q, : q + 1] for q in range(longest)], dim=2)  # [head, batch, entry]
+    else:
+        triangles = by_head.reshape(n_heads, n_batch, longest * longest).index_select(2, batch.packing)
     if uniform:
         return triangles.reshape(n_heads, -1)
     return torch.cat([triangles[:, i, : n * (n + 1) // 2] for i, n in enumerate(batch.lengths)], dim=1)

@@ -15,7 +15,7 @@ from actdb.harvesting import plan as planning
 from actdb.harvesting.capture import PaddedBatch, pad_batch, run_batch, site_hooks
 from actdb.harvesting.claim import claim_run
 from actdb.harvesting.harvest import Harvest
-from actdb.harvesting.pipeline import PartWriter, Writers, planned_parts, range_error
+from actdb.harvesting.pipeline import HELD_BYTES, PartWriter, Writers, planned_parts, range_error
 from actdb.harvesting.sites import HarvestSite
 from actdb.harvesting.statistics import HeadStatistics
 from actdb.harvesting.weights import output_grams
@@ -144,7 +144,7 @@ def _compute(
     lengths = harvest.tokens.lengths
     planned = sum(int(lengths[harvest.layout.parts == part].sum()) for part in parts)
     done = {"tokens": 0, "bytes": 0, "parts": 0}
-    writers = Writers()
+    writers = Writers(lockstep=harvest.model.device.type == "cpu")
     open_parts: list[PartWriter] = []
 
     def report() -> None:
@@ -159,6 +159,7 @@ def _compute(
             for planned_batch in harvest.layout.part_batches(part):
                 batch = _batch(harvest, planned_batch.prompt_ids)
                 _run_part_batch(harvest, batch, planned_batch.prompt_ids, writer, statistics, dtypes)
+                writers.settle()
                 done["tokens"] += batch.n_tokens
                 report()
 
@@ -202,6 +203,7 @@ def _run_part_batch(
     def receive(site: HarvestSite, index: int, block: torch.Tensor) -> None:
         received[site.name] += 1
         writer.append(site.name, index, block.cpu().numpy())
+        writer.writers.settle(least_bytes=HELD_BYTES)
 
     hooks = site_hooks(harvest.sites, batch, dtypes, receive)
     collect = None

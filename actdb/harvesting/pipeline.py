@@ -1,15 +1,16 @@
-"""From packed blocks to committed parts: staged into chunks, encoded in threads, written in order by one thread.
+"""From packed blocks to committed parts: cut into chunks, encoded in threads, written in order by one thread.
 
-Blocks arrive on the caller's thread and are copied into chunk buffers. A full buffer goes to the encoder threads; one
-writer thread takes the results in the order of submission, so that files do not depend on which thread was first. The
-number of buffers under way is bounded, whatever the length of the corpus: a caller that is faster than the disk waits.
+Blocks arrive on the caller's thread. A chunk that lies whole within a block is taken as it lies; the ends of blocks are
+copied into chunk buffers. Full chunks go to the encoder threads in groups; one writer thread takes the results in the
+order of submission, so that files do not depend on which thread was first. The number of bytes under way is bounded,
+whatever the length of the corpus: a caller that is faster than the disk waits.
 """
 
 import os
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,29 +27,44 @@ from actdb.storage.shards import ShardWriter
 
 PENDING_BYTES = 128 * 1024**2
 PENDING_PARTS = 4
+GROUP_BYTES = 1024**2
+HELD_BYTES = 8 * 1024**2
 
 
 @dataclass(frozen=True)
-class EncodedChunk:
-    """An encoded chunk with what was measured while encoding it."""
+class Chunk:
+    """A full chunk on its way: its C-order number in the shard, the plane that it belongs to, and its values."""
 
-    payload: bytes
-    crc: bytes
+    number: int
+    plane: int
+    values: npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class EncodedChunks:
+    """Encoded chunks (number, payload, checksum) with what was measured while encoding them."""
+
+    chunks: Sequence[tuple[int, codecs.Buffer, bytes]]
     max_abs: float
     max_abs_error: float
 
 
-def encode_chunk(values: npt.NDArray[Any], spec: SiteSpec, plane: int) -> EncodedChunk:
+def encode_chunks(chunks: Sequence[Chunk], spec: SiteSpec) -> EncodedChunks:
     """Check the range, round where asked, encode; raises `OverflowingError` for a value that is not finite."""
-    max_abs = error = 0.0
-    if spec.dtype.startswith("float"):
-        max_abs = codecs.largest_magnitude(values)
-        if not np.isfinite(max_abs):
-            raise _not_finite(values, spec, plane)
-        if spec.precision is not None:
-            error = codecs.round_mantissas(values, spec.precision)
-    payload, crc = codecs.encode(values, spec.codec)
-    return EncodedChunk(payload, crc, max_abs, error)
+    largest = largest_error = 0.0
+    encoded = []
+    for chunk in chunks:
+        values = chunk.values
+        if spec.dtype.startswith("float"):
+            max_abs = codecs.largest_magnitude(values)
+            if not np.isfinite(max_abs):
+                raise _not_finite(values, spec, chunk.plane)
+            largest = max(largest, max_abs)
+            if spec.precision is not None:
+                values, error = codecs.round_mantissas(values, spec.precision)
+                largest_error = max(largest_error, error)
+        encoded.append((chunk.number, *codecs.encode(values, spec.codec)))
+    return EncodedChunks(encoded, largest, largest_error)
 
 
 def cast_error(max_abs: float, spec: SiteSpec, computed_dtype: str) -> float:
@@ -75,6 +91,7 @@ class SiteShard:
         n_planes = prod(spec.planes)
         self._filled = [0] * n_planes
         self._buffers: list[npt.NDArray[Any] | None] = [None] * n_planes
+        self._group: list[Chunk] = []
         self.stored_bytes = 0
         self.max_abs = 0.0
         self.max_abs_error = 0.0
@@ -85,22 +102,30 @@ class SiteShard:
         return self._filled[0] if self._filled else 0
 
     def append(self, layer_index: int, block: npt.NDArray[Any]) -> None:
-        """Take one layer's block of a batch: [head, row or entry, …], or [row, …] where the site has no heads."""
-        n_heads = 1 if block.ndim == 1 + len(self.spec.feature) else len(block)
-        for head, rows in enumerate(block if n_heads > 1 or block.ndim > 1 + len(self.spec.feature) else block[None]):
-            self._append_plane(layer_index * n_heads + head, rows)
+        """Take one layer's block of a batch: [head, row or entry, …], or [row, …] where the site has no heads.
+
+        The block is given away: other threads read it after the call.
+        """
+        with_heads = block.ndim > 1 + len(self.spec.feature)
+        planes = block if with_heads else block[None]
+        for head, rows in enumerate(planes):
+            self._append_plane(layer_index * len(planes) + head, rows)
+        self._send()
 
     def flush(self) -> None:
         """Send the partly filled buffers, padded with zeros."""
         for plane, buffer in enumerate(self._buffers):
             if buffer is not None:
                 buffer[self._filled[plane] % self._length :] = 0
-                self._send(plane, self._filled[plane] // self._length, buffer)
+                self._buffers[plane] = None
+                self._take(plane, self._filled[plane] // self._length, buffer)
+        self._send()
 
-    def write(self, chunk: int, encoded: EncodedChunk) -> None:
-        """Append an encoded chunk to the file; called by the writer thread."""
+    def write(self, encoded: EncodedChunks) -> None:
+        """Append encoded chunks to the file; called by the writer thread."""
         try:
-            self.writer.write(chunk, encoded.payload, encoded.crc)
+            for chunk, payload, crc in encoded.chunks:
+                self.writer.write(chunk, payload, crc)
         except OSError as exc:
             raise write_error(exc, str(self.writer.path.parent)) from exc
         self.max_abs = max(self.max_abs, encoded.max_abs)
@@ -109,31 +134,51 @@ class SiteShard:
     def _append_plane(self, plane: int, rows: npt.NDArray[Any]) -> None:
         start, taken = self._filled[plane], 0
         while taken < len(rows):
-            offset = start % self._length
+            chunk, offset = divmod(start, self._length)
             take = min(len(rows) - taken, self._length - offset)
-            buffer = self._buffers[plane]
-            if buffer is None:
-                buffer = self._buffers[plane] = np.empty((self._length, *self.spec.feature), self.spec.dtype)
-            buffer[offset : offset + take] = rows[taken : taken + take]
+            piece = rows[taken : taken + take]
+            if take == self._length:
+                self._take(plane, chunk, piece)
+            else:
+                self._fill(plane, chunk, offset, piece)
             start, taken = start + take, taken + take
-            if start % self._length == 0:
-                self._send(plane, start // self._length - 1, buffer)
         self._filled[plane] = start
 
-    def _send(self, plane: int, chunk: int, buffer: npt.NDArray[Any]) -> None:
-        self._buffers[plane] = None
-        self._writers.submit(self, plane, plane * self._chunks_a_plane + chunk, buffer)
+    def _fill(self, plane: int, chunk: int, offset: int, piece: npt.NDArray[Any]) -> None:
+        buffer = self._buffers[plane]
+        if buffer is None:
+            buffer = self._buffers[plane] = np.empty((self._length, *self.spec.feature), self.spec.dtype)
+        buffer[offset : offset + len(piece)] = piece
+        if offset + len(piece) == self._length:
+            self._buffers[plane] = None
+            self._take(plane, chunk, buffer)
+
+    def _take(self, plane: int, chunk: int, values: npt.NDArray[Any]) -> None:
+        self._group.append(Chunk(plane * self._chunks_a_plane + chunk, plane, values))
+        if len(self._group) * values.nbytes >= GROUP_BYTES:
+            self._send()
+
+    def _send(self) -> None:
+        if self._group:
+            group, self._group = self._group, []
+            self._writers.submit(self, group)
 
 
 class Writers:
     """Encoder threads and the one writer thread behind them.
 
-    An error in either is raised again on the caller's thread by the next call.
+    In `lockstep`, chunks are held until `settle`, which waits until they are encoded. On a CPU this is the faster way:
+    an encoder that shares a core with one of the model's threads slows all of them, since each parallel region waits
+    for its slowest thread, while encoding on all cores at once costs its share and no more. An error in a thread is
+    raised again on the caller's thread by the next call.
     """
 
-    def __init__(self, n_threads: int | None = None) -> None:
+    def __init__(self, n_threads: int | None = None, *, lockstep: bool = False) -> None:
         self._pool = ThreadPoolExecutor(n_threads or max(2, min(8, os.cpu_count() or 2)), "actdb-encode")
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lockstep = lockstep
+        self._held: list[tuple[SiteShard, Sequence[Chunk]]] = []
+        self._held_bytes = 0
         self._error: BaseException | None = None
         self._pending = 0
         self._pending_parts = 0
@@ -141,18 +186,26 @@ class Writers:
         self._thread = threading.Thread(target=self._write, name="actdb-write", daemon=True)
         self._thread.start()
 
-    def submit(self, shard: SiteShard, plane: int, chunk: int, values: npt.NDArray[Any]) -> None:
-        """Encode and write a chunk, waiting while too many bytes are under way."""
-        size = values.nbytes
-        with self._room:
-            self._room.wait_for(lambda: self._pending < PENDING_BYTES or self._error is not None)
-            self._raise()
-            self._pending += size
-        future = self._pool.submit(encode_chunk, values, shard.spec, plane)
-        self._queue.put(lambda: self._write_chunk(shard, chunk, future, size))
+    def submit(self, shard: SiteShard, chunks: Sequence[Chunk]) -> None:
+        """Encode and write chunks, waiting while too many bytes are under way; in lockstep hold them."""
+        if self._lockstep:
+            self._held.append((shard, chunks))
+            self._held_bytes += sum(chunk.values.nbytes for chunk in chunks)
+        else:
+            self._start(shard, chunks)
+
+    def settle(self, *, least_bytes: int = 0) -> None:
+        """Encode what is held, if it is `least_bytes` or more, and wait until it is done."""
+        if not self._held or self._held_bytes < least_bytes:
+            return
+        held, self._held, self._held_bytes = self._held, [], 0
+        futures = [self._start(shard, chunks) for shard, chunks in held]
+        wait(futures)
+        self._raise()
 
     def finish(self, part: "PartFinish") -> None:
         """End a part after everything submitted before, waiting while too many are open, each with its files."""
+        self.settle()
         with self._room:
             self._room.wait_for(lambda: self._pending_parts < PENDING_PARTS or self._error is not None)
             self._raise()
@@ -161,20 +214,32 @@ class Writers:
 
     def close(self) -> None:
         """Wait for everything and stop the threads; raises what went wrong."""
+        self.settle()
         self.abort()
         self._raise()
 
     def abort(self) -> None:
         """Stop the threads after what is under way."""
+        self._held.clear()
         self._queue.put(None)
         self._thread.join()
         self._pool.shutdown()
 
-    def _write_chunk(self, shard: SiteShard, chunk: int, future: "Future[EncodedChunk]", size: int) -> None:
+    def _start(self, shard: SiteShard, chunks: Sequence[Chunk]) -> "Future[EncodedChunks]":
+        size = sum(chunk.values.nbytes for chunk in chunks)
+        with self._room:
+            self._room.wait_for(lambda: self._pending < PENDING_BYTES or self._error is not None)
+            self._raise()
+            self._pending += size
+        future = self._pool.submit(encode_chunks, chunks, shard.spec)
+        self._queue.put(lambda: self._write_chunks(shard, future, size))
+        return future
+
+    def _write_chunks(self, shard: SiteShard, future: "Future[EncodedChunks]", size: int) -> None:
         try:
             encoded = future.result()
             if self._error is None:
-                shard.write(chunk, encoded)
+                shard.write(encoded)
         finally:
             with self._room:
                 self._pending -= size
@@ -221,7 +286,8 @@ class PartWriter:
 
     def __init__(self, folder: Folder, info: RunInfo, part: int, writers: Writers, *, computed_dtype: str) -> None:
         self.part = part
-        self._folder, self._info, self._writers, self._computed_dtype = folder, info, writers, computed_dtype
+        self.writers = writers
+        self._folder, self._info, self._computed_dtype = folder, info, computed_dtype
         self._shards: dict[str, SiteShard] = {}
         self._names: dict[str, str] = {}
         try:
@@ -242,7 +308,7 @@ class PartWriter:
         """Flush, and let the writer thread commit the part with its statistics tables."""
         for shard in self._shards.values():
             shard.flush()
-        self._writers.finish(PartFinish(self, table, replace, done))
+        self.writers.finish(PartFinish(self, table, replace, done))
 
     def abandon(self) -> None:
         """Close and remove what was written of a part that will not be committed."""

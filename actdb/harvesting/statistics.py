@@ -28,6 +28,7 @@ PATTERN_COLUMNS = (
     "max_weight",
 )
 NORM_COLUMNS = ("z_norm", "result_norm")
+SMALLEST = torch.finfo(torch.float32).tiny
 
 
 class TokenTargets:
@@ -64,7 +65,7 @@ def pattern_statistics(pattern: torch.Tensor, targets: TokenTargets) -> torch.Te
     n = weights.shape[-1]
     inside = targets.inside[:, None, :]  # [batch, 1, query]
     positions = torch.arange(n, device=weights.device, dtype=torch.float32)
-    entropy = torch.special.entr(weights).sum(-1)
+    entropy = -weights.clamp_min(SMALLEST).log_().mul_(weights).sum(-1)  # 0 ln 0 is 0
     total = weights.sum(-1)
     distance = total * positions - weights @ positions
     largest = weights.amax(-1)
@@ -97,8 +98,8 @@ def z_statistics(z: torch.Tensor, targets: TokenTargets, gram: torch.Tensor | No
     values = z.to(torch.float32)
     norms = [values.norm(dim=-1)]
     if gram is not None:
-        by_head = values.permute(2, 0, 1, 3)  # [head, batch, pos, d_head]
-        squared = ((by_head @ gram[:, None]) * by_head).sum(-1)
+        by_head = values.permute(2, 0, 1, 3).flatten(1, 2)  # [head, batch·pos, d_head]
+        squared = torch.linalg.vecdot(by_head @ gram, by_head).unflatten(1, values.shape[:2])  # [head, batch, pos]
         norms.append(squared.clamp_min(0).sqrt().permute(1, 2, 0))
     else:
         norms.append(torch.full_like(norms[0], torch.nan))

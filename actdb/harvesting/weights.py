@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
-import google_crc32c
 import torch
+from crc32c import crc32c
 
 from actdb.errors import DamageError
 from actdb.harvesting.models import Model
@@ -55,9 +55,9 @@ def write_weights(
         record = _written(folder, name, check=repair)
         if record is None:
             content = _serialise(tensors)
-            record = FileRecord(name, len(content), google_crc32c.value(content))
+            record = FileRecord(name, len(content), crc32c(content))
             folder.publish(name, content)
-            folder.publish(f"{name}.json", seal(asdict(record)))
+            folder.publish(f"{name}.json", seal({"file": asdict(record)}))
         records += (record, folder.record(f"{name}.json"))
     return tuple(records)
 
@@ -65,7 +65,7 @@ def write_weights(
 def _written(folder: Folder, name: str, *, check: bool) -> FileRecord | None:
     """Return the record of a weights file that is there, or None where it has to be written."""
     try:
-        record = FileRecord.from_json(unseal(folder.read_bytes(f"{name}.json"), name))
+        record = FileRecord.from_json(unseal(folder.read_bytes(f"{name}.json"), name)["file"])
         if check:
             folder.check(record)
         intact = folder.path(name).stat().st_size == record.stored_bytes and record.path == name

@@ -7,8 +7,8 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c
 
 from actdb.errors import DamageError
 from actdb.schema import HEAD_DIMS, Commit, RunInfo, digest, seal, unseal
@@ -70,7 +70,7 @@ def read_run_file(folder: Folder, info: RunInfo, name: str) -> bytes:
     record = next((record for record in info.files if record.path == name), None)
     try:
         content = folder.read_bytes(name)
-        if record is not None and google_crc32c.value(content) != record.crc32c:
+        if record is not None and crc32c(content) != record.crc32c:
             raise DamageError(f"{folder.path(name)} does not match its checksum")
     except DamageError as exc:
         raise DamageError(f"{exc}; run the same harvest again to repair it") from exc

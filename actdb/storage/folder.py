@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import google_crc32c
+from crc32c import crc32c
 
 from actdb.errors import ActdbError, DamageError, DatabaseError, SpaceError, WriteError
 from actdb.schema import FORMAT_VERSION, FileRecord
@@ -215,7 +215,7 @@ def file_record(path: str | os.PathLike[str], name: str) -> FileRecord:
     crc, size = 0, 0
     with open(path, "rb", opener=_open_regular) as file:
         while block := file.read(1 << 20):
-            crc, size = google_crc32c.extend(crc, block), size + len(block)
+            crc, size = crc32c(block, crc), size + len(block)
     return FileRecord(name, size, crc)
 
 

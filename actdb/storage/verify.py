@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import google_crc32c
+from crc32c import crc32c
 
 from actdb.errors import ActdbError, DamageError
 from actdb.schema import Commit, RunInfo
@@ -109,7 +109,7 @@ def check_database(snapshot: commits.Snapshot) -> Iterator[Damage]:
 
 def table_file_name(stem: str, content: bytes) -> str:
     """Return the name of a table's file, which carries its checksum."""
-    return f"{stem}-{google_crc32c.value(content):08x}.parquet"
+    return f"{stem}-{crc32c(content):08x}.parquet"
 
 
 def _check_table_file(folder: Folder, name: str) -> Iterator[Damage]:
