@@ -1,8 +1,11 @@
 """Stored bytes: stock readers agree, every flipped byte is found, nothing leads outside the folder."""
 
 import copy
+import errno
+import fcntl
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -10,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import google_crc32c
 import numpy as np
@@ -19,7 +23,7 @@ import pytest
 import tensorstore
 import zarr
 from hooked import TinyModel, files_of, random_prompts, write_run
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -274,21 +278,67 @@ def test_forged_chunks(tmp_path: Path, codec: str, wrong: str) -> None:
             reader.view(0)
 
 
-def write_shard(writer: ShardWriter) -> FileRecord:
-    writer.write(2, b"abcd", b"efgh")
+def write_shard(writer: ShardWriter, payload: bytes = b"abcd") -> FileRecord:
+    writer.write(2, payload, b"efgh")
     return writer.finish("s")
 
 
-def test_a_short_write_is_no_shard(tmp_path: Path) -> None:
+def write_chunks(path: Path, payloads: list[bytes]) -> bytes:
+    writer = ShardWriter(path, len(payloads))
+    for chunk, payload in enumerate(payloads):
+        writer.write(chunk, payload, b"1234")
+    writer.finish("s")
+    return path.read_bytes()
+
+
+@given(st.lists(st.integers(0, 20_000), min_size=1, max_size=8))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_direct_and_buffered_writes_make_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int]
+) -> None:
+    """Past the page cache, through it, and where the file system refuses one or the other at the last moment."""
+    payloads = [random.Random(size).randbytes(size) for size in sizes]
+    with monkeypatch.context() as patch:
+        patch.setattr("actdb.storage.shards.BLOCK_BYTES", 4096)
+        direct = write_chunks(tmp_path / "s", payloads)
+        patch.delattr(os, "O_DIRECT")
+        assert write_chunks(tmp_path / "s", payloads) == direct
+    with monkeypatch.context() as patch:
+        patch.setattr("actdb.storage.shards.BLOCK_BYTES", 1024)  # no sector: such a write is refused
+        assert write_chunks(tmp_path / "s", payloads) == direct
+    with monkeypatch.context() as patch:
+        patch.setattr("actdb.storage.shards.BLOCK_BYTES", 4096)
+        patch.setattr(fcntl, "fcntl", Mock(side_effect=[0, OSError(errno.EINVAL, "Invalid argument")] * 100))
+        assert write_chunks(tmp_path / "s", payloads) == direct
+    body = b"".join(payload + b"1234" for payload in payloads)
+    assert direct[: len(body)] == body
+    assert len(direct) == len(body) + index_bytes(len(payloads))
+
+
+def test_whole_blocks_go_past_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system that can: here the one that holds temporary files, unless it says no."""
+    monkeypatch.setattr("actdb.storage.shards.BLOCK_BYTES", 4096)
+    try:
+        os.close(os.open(tmp_path / "probe", os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+    except OSError:
+        pytest.skip("no direct writes on this file system")
+    writer = ShardWriter(tmp_path / "s", 1)
+    writer.write(0, bytes(5000), b"1234")
+    assert fcntl.fcntl(writer._file, fcntl.F_GETFL) & os.O_DIRECT
+    writer.finish("s")
+
+
+def test_a_short_write_is_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that takes a part of a write, here by a file size limit, makes an error and never a truncated shard."""
+    monkeypatch.setattr("actdb.storage.shards.BLOCK_BYTES", 4096)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        for limit in (5, 8 + 20):
+        for limit, size in ((5, 4), (8 + 20, 4), (4096 + 100, 9000), (8192, 9000)):
             writer = ShardWriter(tmp_path / "s", 4)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
             with pytest.raises(OSError, match="File too large"):
-                write_shard(writer)
+                write_shard(writer, bytes(size))
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             writer.abandon()
             assert not (tmp_path / "s").exists()
