@@ -49,16 +49,11 @@ def checksum_matches(stored: Buffer) -> bool:
     return len(stored) >= CRC_BYTES and crc32c(stored) == CRC_RESIDUE
 
 
-def decode(stored: bytes, codec: str, out: npt.NDArray[np.generic]) -> None:
-    """Decode a stored chunk, checksum verified before, into a C-contiguous array of the chunk's size.
+def decode(stored: bytes, out: npt.NDArray[np.generic]) -> None:
+    """Decode a chunk stored with lz4, checksum verified before, into a C-contiguous array of the chunk's size.
 
     Raises `ValueError` where the payload does not decode to exactly that size.
     """
-    if codec == "raw":
-        if len(stored) - CRC_BYTES != out.nbytes:
-            raise ValueError(f"{len(stored) - CRC_BYTES} bytes instead of {out.nbytes}")
-        out.reshape(-1)[:] = np.frombuffer(stored, out.dtype, count=out.size)
-        return
     header = BLOSC_HEADER.unpack_from(stored) if len(stored) >= BLOSC_HEADER.size + CRC_BYTES else (0, 0)
     if header[0] != out.nbytes:
         raise ValueError(f"{header[0]} bytes instead of {out.nbytes}")

@@ -142,7 +142,7 @@ class ShardReader:
         self._size = status.st_size
         self._index = self._read_index()
         self._map: npt.NDArray[np.uint8] | None = None
-        self._checked: set[int] = set()
+        self._views: dict[int, npt.NDArray[np.generic]] = {}
 
     def __del__(self) -> None:
         descriptor = getattr(self, "_descriptor", None)
@@ -160,38 +160,46 @@ class ShardReader:
 
     def read(self, chunk: int, out: npt.NDArray[np.generic]) -> None:
         """Decode a chunk into a C-contiguous array of the chunk's shape; an absent chunk reads as zeros."""
-        stored = self._stored(chunk)
-        if stored is None:
+        values = self.view(chunk)
+        if values is not None:
+            np.copyto(out, values)
+            return
+        if self._extent(chunk)[1] == 0:
             out[...] = 0
             return
         try:
-            codecs.decode(stored, self._spec.codec, out)
+            codecs.decode(self._stored(chunk), out)
         except ValueError as exc:
             raise self._damage(f"chunk {chunk} does not decode ({exc})") from exc
 
     def view(self, chunk: int) -> npt.NDArray[np.generic] | None:
-        """Return a raw chunk as a read-only view of the mapped file, its checksum verified at the first touch.
+        """Return a raw chunk [row or entry, …] as a read-only view of the mapped file, verified at the first touch.
 
         None where the chunk is absent or the codec is not `raw`.
         """
-        if self._spec.codec != "raw":
-            return None
+        view = self._views.get(chunk)
+        if view is None and self._spec.codec == "raw":
+            view = self._map_chunk(chunk)
+        return view
+
+    def check(self, chunk: int) -> None:
+        """Verify a chunk's checksum; one that is absent has none."""
+        if self._extent(chunk)[1]:
+            self._stored(chunk)
+
+    def _map_chunk(self, chunk: int) -> npt.NDArray[np.generic] | None:
         offset, size = self._extent(chunk)
         if size == 0:
             return None
-        if chunk not in self._checked:
-            self._stored(chunk)
-            if size - codecs.CRC_BYTES != self._chunk_bytes:
-                raise self._damage(f"chunk {chunk} has {size - codecs.CRC_BYTES} bytes instead of {self._chunk_bytes}")
-            self._checked.add(chunk)
+        self._stored(chunk)
+        if size - codecs.CRC_BYTES != self._chunk_bytes:
+            raise self._damage(f"chunk {chunk} has {size - codecs.CRC_BYTES} bytes instead of {self._chunk_bytes}")
         if self._map is None:
             self._map = np.frombuffer(mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
         payload = self._map[offset : offset + self._chunk_bytes]
-        return payload.view(self._spec.dtype).reshape(self._spec.chunk_shape)
-
-    def check(self, chunk: int) -> None:
-        """Verify a chunk's checksum."""
-        self._stored(chunk)
+        view = payload.view(self._spec.dtype).reshape(self._spec.chunk_shape[self._spec.axis :])
+        self._views[chunk] = view
+        return view
 
     def _extent(self, chunk: int) -> tuple[int, int]:
         """Return a chunk's offset and size, (0, 0) where it is absent."""
@@ -200,10 +208,9 @@ class ShardReader:
             return 0, 0
         return int(entry["offset"]), int(entry["nbytes"])
 
-    def _stored(self, chunk: int) -> bytes | None:
+    def _stored(self, chunk: int) -> bytes:
+        """Return a chunk as it is stored, with its checksum, which is verified."""
         offset, size = self._extent(chunk)
-        if size == 0:
-            return None
         try:
             stored = os.pread(self._descriptor, size, offset)
         except OSError as exc:
