@@ -73,7 +73,7 @@ class SiteReader:
     def read_into(
         self, out: npt.NDArray[np.generic], planes: Sequence[int], reads: Sequence[ChunkRead], feature: Feature = None
     ) -> None:
-        """Fill `out` [plane, row, …] as planned; large reads decode in threads, copies of raw chunks are faster alone."""
+        """Fill `out` [plane, row, …] as planned; large reads decode in threads, raw chunks copy faster alone."""
         tasks = [(i, plane, read) for i, plane in enumerate(planes) for read in reads]
         if len(tasks) < 4 or out.nbytes < THREADED_BYTES or self.spec.codec == "raw":
             scratch = self._scratch()
