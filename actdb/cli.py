@@ -166,6 +166,9 @@ def comma_separated(_: click.Context, __: click.Parameter, value: str | None) ->
     "--batch-tokens", type=int, metavar="N", help="Padded tokens of a batch; default: 2048 on a CPU, 16384 on a GPU."
 )
 @click.option("--part-tokens", type=int, metavar="N", help="Tokens of a part; default: about 1 GiB, or 30 s on a CPU.")
+@click.option(
+    "--buffer-mb", type=int, default=128, metavar="N", help="MiB that may wait to be written; default: 128."
+)
 @click.option("--worker", type=WorkerType(), metavar="I/N", help="Take every N-th part from the I-th (from 0).")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU where there is one.")
 @click.option(

@@ -291,9 +291,8 @@ def test_a_process_that_tells_nothing_is_alive(tmp_path: Path, monkeypatch: pyte
 
 def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that is faster than the disk waits: chunks under way never hold more than the limit and one chunk."""
-    monkeypatch.setattr(pipeline, "PENDING_BYTES", 1000)
     spec = SiteSpec("x", "x", ("row",), (3200,), (3200,), (100,), "float32", "lz4")
-    disk, most, writers = threading.Event(), 0, Writers()
+    disk, most, writers = threading.Event(), 0, Writers(pending_bytes=1000)
     shard = SiteShard(spec, tmp_path / "s", writers)
     write = shard.write
     monkeypatch.setattr(shard, "write", lambda *args: (disk.wait(10), write(*args)))

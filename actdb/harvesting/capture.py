@@ -31,12 +31,13 @@ Intervention = tuple[str, Callable[[torch.Tensor, HookPoint], torch.Tensor | Non
 class PaddedBatch:
     """Right-padded ids [batch, pos] with their lengths, on the model's device.
 
-    `valid` holds the flat [batch × pos] indices of the stored rows, or None where all are; `packing` the flat
-    [query × key] indices of the lower triangle (None: the whole square).
+    `counts` [batch] are the lengths there. `valid` holds the flat [batch × pos] indices of the stored rows, or None
+    where all are; `packing` the flat [query × key] indices of the lower triangle (None: the whole square).
     """
 
     ids: torch.Tensor
     lengths: tuple[int, ...]
+    counts: torch.Tensor
     mask: torch.Tensor | None
     valid: torch.Tensor | None
     packing: torch.Tensor | None
@@ -71,13 +72,20 @@ def pad_batch(
     packing = None
     if packed and causal and not last_only:
         query, key = torch.tril_indices(longest, longest)
-        packing = (query * longest + key).to(model.device)
+        packing = query * longest + key
+
+    def send(tensor: torch.Tensor | None) -> Any:
+        if tensor is None or model.device.type != "cuda":
+            return None if tensor is None else tensor.to(model.device)
+        return tensor.pin_memory().to(model.device, non_blocking=True)  # from other memory the copy would wait
+
     return PaddedBatch(
-        ids=ids.to(model.device),
+        ids=send(ids),
         lengths=lengths,
-        mask=inside.long().to(model.device) if model.takes_mask else None,
-        valid=None if valid is None else valid.to(model.device),
-        packing=packing,
+        counts=send(counts),
+        mask=send(inside.long()) if model.takes_mask else None,
+        valid=send(valid),
+        packing=send(packing),
         last_only=last_only,
     )
 

@@ -1,29 +1,35 @@
 """Carrying a planned harvest out: its name claimed, its missing or damaged parts computed and committed."""
 
 import shutil
-import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from actdb.errors import ModelError, SpaceError
 from actdb.harvesting import plan as planning
-from actdb.harvesting.capture import PaddedBatch, pad_batch, run_batch, site_hooks
+from actdb.harvesting.capture import PaddedBatch, run_batch, site_hooks
 from actdb.harvesting.claim import claim_run
+from actdb.harvesting.handover import Handover
 from actdb.harvesting.harvest import Harvest
-from actdb.harvesting.pipeline import HELD_BYTES, PartWriter, Writers, planned_parts, range_error
+from actdb.harvesting.pipeline import PartWriter, Writers, planned_parts
 from actdb.harvesting.sites import HarvestSite
-from actdb.harvesting.statistics import HeadStatistics
+from actdb.harvesting.statistics import PartStatistic
+from actdb.harvesting.statistics.heads import HeadStatistics
+from actdb.harvesting.trial import check_memory, check_range, make_batch
 from actdb.harvesting.weights import output_grams
-from actdb.schema import Commit, RunInfo, SiteSpec
+from actdb.schema import Commit, RunInfo
 from actdb.storage import commits, verify
 from actdb.storage.folder import Folder, readable_bytes
 
-HEADROOM_BYTES = 16 * 1024**2
+MEBIBYTE = 1024**2
+HEADROOM_BYTES = 16 * MEBIBYTE
 
 
 @dataclass(frozen=True)
@@ -41,11 +47,12 @@ def run_harvest(harvest: Harvest, out: str | Path, *, progress: Callable[[Progre
     """Carry a plan out into a database: claim the run, compute the parts that are missing or damaged.
 
     Raises `RunError` where the name is taken by another plan, and before anything is written `SpaceError` where the
-    disk is too small and `OverflowingError` where `--store` is too narrow.
+    disk is too small, `OverflowingError` where `--store` is too narrow, and `SettingError` where a batch does not fit.
     """
     if not Path(out, commits.RUNS, harvest.info.name, "run.json").exists():
         _check_space(Path(out), harvest, range(harvest.info.n_parts))
-        _check_range(harvest)
+        check_range(harvest)
+        check_memory(harvest)
     folder = Folder.create(out)
     folder.sweep()
     info = claim_run(folder, harvest)
@@ -95,40 +102,6 @@ def _check_space(out: Path, harvest: Harvest, parts: Sequence[int]) -> None:
         )
 
 
-def _check_range(harvest: Harvest) -> None:
-    """Run one prompt of each length bucket (a power of two) and refuse values that the stored dtype cannot hold."""
-    limits = {spec.name: float(np.finfo(spec.dtype).max) for spec in harvest.info.sites if spec.dtype == "float16"}
-    if not limits or harvest.model.dtype == "float16":
-        return
-    longest: dict[int, int] = {}
-    for prompt_id, length in enumerate(harvest.tokens.lengths.tolist()):
-        bucket = length.bit_length()
-        if length > harvest.tokens.lengths[longest.get(bucket, prompt_id)] or bucket not in longest:
-            longest[bucket] = prompt_id
-    for prompt_id in longest.values():
-        batch = _batch(harvest, (prompt_id,))
-
-        def check(site: HarvestSite, index: int, block: torch.Tensor) -> None:
-            largest = float(block.abs().amax()) if block.numel() else 0.0
-            if site.name in limits and not largest <= limits[site.name]:
-                raise range_error(site.name, site.layers[index] if site.layers else None, "float16", largest)
-
-        wide = dict.fromkeys((site.name for site in harvest.sites), "float32")
-        kept = [site for site in harvest.sites if site.transform is None]
-        hooks = site_hooks(kept, batch, wide, check)
-        run_batch(harvest.model, batch, hooks, interventions=harvest.interventions, unembed=harvest.probe.needs_unembed)
-
-
-def _batch(harvest: Harvest, prompt_ids: Sequence[int]) -> PaddedBatch:
-    return pad_batch(
-        [harvest.tokens.prompt(prompt_id) for prompt_id in prompt_ids],
-        model=harvest.model,
-        causal=harvest.probe.causal,
-        positions=harvest.settings.positions,
-        packed=any(site.kind == "entry" for site in harvest.sites),
-    )
-
-
 def _compute(
     folder: Folder,
     harvest: Harvest,
@@ -137,85 +110,110 @@ def _compute(
     progress: Callable[[Progress], None] | None,
 ) -> None:
     """Compute parts one after the other; the writers work behind the model."""
-    specs: dict[str, SiteSpec] = {spec.name: spec for spec in harvest.info.sites}
-    dtypes = {name: spec.dtype for name, spec in specs.items()}
-    layers = sorted({*harvest.probe.pattern_points, *harvest.probe.z_points})
-    grams = output_grams(harvest.model, layers) if "heads" in harvest.info.plan["statistics"] else {}
-    lengths = harvest.tokens.lengths
-    planned = sum(int(lengths[harvest.layout.parts == part].sum()) for part in parts)
-    done = {"tokens": 0, "bytes": 0, "parts": 0}
-    writers = Writers(lockstep=harvest.model.device.type == "cpu")
+    device, settings = harvest.model.device, harvest.settings
+    make_statistics = statistics_of(harvest)
+    tally = Tally(harvest, parts, progress)
+    writers = Writers(lockstep=device.type == "cpu", pending_bytes=settings.buffer_mb * MEBIBYTE)
+    handover = Handover(device, writers)
     open_parts: list[PartWriter] = []
-
-    def report() -> None:
-        if progress is not None:
-            progress(Progress(done["tokens"], planned, done["bytes"], done["parts"], len(parts)))
-
     try:
         for part in parts:
             writer = PartWriter(folder, harvest.info, part, writers, computed_dtype=harvest.model.dtype)
             open_parts.append(writer)
-            statistics = _part_statistics(harvest, grams)
+            statistics = make_statistics()
             for planned_batch in harvest.layout.part_batches(part):
-                batch = _batch(harvest, planned_batch.prompt_ids)
-                _run_part_batch(harvest, batch, planned_batch.prompt_ids, writer, statistics, dtypes)
+                batch = make_batch(harvest, planned_batch.prompt_ids)
+                receive = partial(handover.append, writer)
+                _run_part_batch(harvest, batch, planned_batch.prompt_ids, receive, statistics)
                 writers.settle()
-                done["tokens"] += batch.n_tokens
-                report()
+                tally.add(batch)
 
             def committed(commit: Commit, writer: PartWriter = writer) -> None:
                 open_parts.remove(writer)
-                done["parts"] += 1
-                done["bytes"] += sum(record.stored_bytes for record in commit.files)
+                tally.commit(commit)
 
-            tables = {} if statistics is None else {"head_stats": statistics}
-            writer.finish(
-                lambda tables=tables: {name: held.table() for name, held in tables.items()},  # type: ignore[misc]
-                replace=part in damaged,
-                done=committed,
+            handover.finish(
+                partial(writer.finish, partial(_tables, statistics), replace=part in damaged, done=committed)
             )
+        handover.close()
         writers.close()
-        report()
+        tally.report()
     except BaseException:
-        if sys.exc_info()[0] is not None:
-            writers.abort()
-            for writer in open_parts:
-                writer.abandon()
+        handover.abort()
+        writers.abort()
+        for writer in open_parts:
+            writer.abandon()
         raise
 
 
-def _part_statistics(harvest: Harvest, grams: Mapping[int, torch.Tensor]) -> HeadStatistics | None:
-    if "heads" not in harvest.info.plan["statistics"]:
-        return None
-    return HeadStatistics(harvest.probe.pattern_points, harvest.probe.z_points, grams)
+class Tally:
+    """What has been done, reported after each batch."""
+
+    def __init__(self, harvest: Harvest, parts: Sequence[int], progress: Callable[[Progress], None] | None) -> None:
+        planned = int(harvest.tokens.lengths[np.isin(harvest.layout.parts, parts)].sum())
+        self._now = Progress(0, planned, 0, 0, len(parts))
+        self._progress = progress
+        self._lock = threading.Lock()
+
+    def add(self, batch: PaddedBatch) -> None:
+        """Count a batch that has run, and report."""
+        with self._lock:
+            self._now = replace(self._now, n_tokens=self._now.n_tokens + batch.n_tokens)
+        self.report()
+
+    def commit(self, commit: Commit) -> None:
+        """Count a committed part; called by the writer thread."""
+        stored = sum(record.stored_bytes for record in commit.files)
+        with self._lock:
+            now = self._now
+            self._now = replace(now, stored_bytes=now.stored_bytes + stored, n_parts=now.n_parts + 1)
+
+    def report(self) -> None:
+        """Call the progress callback."""
+        if self._progress is not None:
+            self._progress(self._now)
+
+
+def statistics_of(harvest: Harvest) -> Callable[[], list[PartStatistic]]:
+    """Return what makes the statistics collectors of a part, with the constants of all parts computed once."""
+    wanted, probed = harvest.info.plan["statistics"], harvest.probe
+    grams: Mapping[int, torch.Tensor] = {}
+    if "heads" in wanted:
+        grams = output_grams(harvest.model, sorted({*probed.pattern_points, *probed.z_points}))
+
+    def make() -> list[PartStatistic]:
+        return [HeadStatistics(probed.pattern_points, probed.z_points, grams)] if "heads" in wanted else []
+
+    return make
+
+
+def _tables(statistics: Sequence[PartStatistic]) -> dict[str, Any]:
+    return {name: table for statistic in statistics for name, table in statistic.tables().items()}
 
 
 def _run_part_batch(
     harvest: Harvest,
     batch: PaddedBatch,
     prompt_ids: tuple[int, ...],
-    writer: PartWriter,
-    statistics: HeadStatistics | None,
-    dtypes: Mapping[str, str],
+    receive: Callable[[str, int, torch.Tensor], None],
+    statistics: Sequence[PartStatistic],
 ) -> None:
-    received = Counter[str]()
+    n_received = Counter[str]()
 
-    def receive(site: HarvestSite, index: int, block: torch.Tensor) -> None:
-        received[site.name] += 1
-        writer.append(site.name, index, block.cpu().numpy())
-        writer.writers.settle(least_bytes=HELD_BYTES)
+    def count(site: HarvestSite, index: int, block: torch.Tensor) -> None:
+        n_received[site.name] += 1
+        receive(site.name, index, block)
 
-    hooks = site_hooks(harvest.sites, batch, dtypes, receive)
-    collect = None
-    if statistics is not None:
-        more, collect = statistics.hooks(batch)
-        hooks += more
+    dtypes = {spec.name: spec.dtype for spec in harvest.info.sites}
+    hooks = site_hooks(harvest.sites, batch, dtypes, count)
+    for statistic in statistics:
+        hooks += statistic.hooks(batch)
     run_batch(harvest.model, batch, hooks, interventions=harvest.interventions, unembed=harvest.probe.needs_unembed)
     for site in harvest.sites:
-        if received[site.name] != len(site.points):
+        if n_received[site.name] != len(site.points):
             raise ModelError(
-                f"{harvest.model.name} passed site {site.name!r} {received[site.name]} times in a batch, but "
+                f"{harvest.model.name} passed site {site.name!r} {n_received[site.name]} times in a batch, but "
                 f"{len(site.points)} times in the probe: what it computes depends on its input, which cannot be stored"
             )
-    if collect is not None:
-        collect(prompt_ids)
+    for statistic in statistics:
+        statistic.collect(prompt_ids)

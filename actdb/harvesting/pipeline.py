@@ -28,7 +28,6 @@ from actdb.storage.shards import ShardWriter
 PENDING_BYTES = 128 * 1024**2
 PENDING_PARTS = 4
 GROUP_BYTES = 1024**2
-HELD_BYTES = 8 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,10 @@ class Writers:
     raised again on the caller's thread by the next call.
     """
 
-    def __init__(self, n_threads: int | None = None, *, lockstep: bool = False) -> None:
+    def __init__(
+        self, n_threads: int | None = None, *, lockstep: bool = False, pending_bytes: int = PENDING_BYTES
+    ) -> None:
+        self.pending_bytes = pending_bytes
         self._pool = ThreadPoolExecutor(n_threads or max(2, min(8, os.cpu_count() or 2)), "actdb-encode")
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lockstep = lockstep
@@ -228,7 +230,7 @@ class Writers:
     def _start(self, shard: SiteShard, chunks: Sequence[Chunk]) -> "Future[EncodedChunks]":
         size = sum(chunk.values.nbytes for chunk in chunks)
         with self._room:
-            self._room.wait_for(lambda: self._pending < PENDING_BYTES or self._error is not None)
+            self._room.wait_for(lambda: self._pending < self.pending_bytes or self._error is not None)
             self._raise()
             self._pending += size
         future = self._pool.submit(encode_chunks, chunks, shard.spec)

@@ -35,6 +35,7 @@ class Settings:
     strict: bool = False
     batch_tokens: int | None = None
     part_tokens: int | None = None
+    buffer_mb: int = 128
     worker: tuple[int, int] | None = None
     device: str | None = None
     tokenizer: Any = None
@@ -51,7 +52,11 @@ class Settings:
             raise SettingError(f"--pattern {self.pattern}: choose full, none or topk:N with N from 1")
         for name in self.stats or ():
             _choose("--stats", name, STATISTICS)
-        for option, value in (("--max-length", self.max_length), ("--batch-tokens", self.batch_tokens)):
+        for option, value in (
+            ("--max-length", self.max_length),
+            ("--batch-tokens", self.batch_tokens),
+            ("--buffer-mb", self.buffer_mb),
+        ):
             if value is not None and value < 1:
                 raise SettingError(f"{option} {value}: must be at least 1")
         if self.worker is not None and not 0 <= self.worker[0] < self.worker[1]:

@@ -1,4 +1,4 @@
-"""Head statistics, computed on the device in the hook, in float32, before any rounding.
+"""Head statistics: where each head looks, how widely, and how much it writes.
 
 Masses are means over the queries that have a target. For a weight w[q, k] of a prompt of n tokens t:
 first = w[q, 0], q ≥ 1; prev = w[q, q−1], q ≥ 1; self = w[q, q]; duplicate = Σ w[q, k] over k < q with t[k] = t[q];
@@ -6,7 +6,7 @@ induction = Σ w[q, k] over 1 ≤ k ≤ q with t[k−1] = t[q]; entropy = −Σ 
 Entropy, distance, max_weight and the norms are means over all queries, the first included.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from transformer_lens.hook_points import HookPoint
 
 from actdb.errors import OverflowingError
 from actdb.harvesting.capture import PaddedBatch
+from actdb.harvesting.statistics import Hook
 
 PATTERN_COLUMNS = (
     "entropy",
@@ -28,34 +29,37 @@ PATTERN_COLUMNS = (
     "max_weight",
 )
 NORM_COLUMNS = ("z_norm", "result_norm")
+Targets = torch.Tensor | tuple[torch.Tensor, ...]
 SMALLEST = torch.finfo(torch.float32).tiny
 
 
 class TokenTargets:
-    """Which keys of each query are earlier copies, or follow one: flat (batch, query) and key indices."""
+    """Which keys of each query are earlier copies, or follow one: [batch, query, key] masks."""
 
-    def __init__(self, batch: PaddedBatch) -> None:
+    def __init__(self, batch: PaddedBatch, *, sparse: bool | None = None) -> None:
         ids = batch.ids
-        n_batch, n = ids.shape
-        lengths = torch.tensor(batch.lengths, device=ids.device)
-        inside = torch.arange(n, device=ids.device) < lengths[:, None]
+        n = ids.shape[1]
+        positions = torch.arange(n, device=ids.device)
+        inside = positions < batch.counts[:, None]
         same = (ids[:, :, None] == ids[:, None, :]) & inside[:, :, None] & inside[:, None, :]  # [batch, query, key]
-        earlier = torch.tril(torch.ones(n, n, dtype=torch.bool, device=ids.device), diagonal=-1)
-        duplicate = same & earlier
+        duplicate = same & (positions[:, None] > positions)
         induction = torch.zeros_like(duplicate)
         induction[:, :, 1:] = duplicate[:, :, :-1]  # k follows k−1 < q, so k ≤ q
-        self.shape = (n_batch, n)
-        self.duplicate = duplicate.nonzero(as_tuple=True)
-        self.induction = induction.nonzero(as_tuple=True)
         self.n_duplicate = duplicate.any(-1).sum(-1).to(torch.float64)
         self.n_induction = induction.any(-1).sum(-1).to(torch.float64)
         self.inside = inside
-        self.n_queries = lengths.to(torch.float64)
+        self.n_queries = batch.counts.to(torch.float64)
+        # Few tokens repeat, so a processor gathers; an accelerator reads all, rather than wait for their number.
+        gathers = ids.device.type == "cpu" if sparse is None else sparse
+        self.duplicate: Targets = duplicate.nonzero(as_tuple=True) if gathers else duplicate
+        self.induction: Targets = induction.nonzero(as_tuple=True) if gathers else induction
 
-    def mass(self, pattern: torch.Tensor, where: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def mass(self, pattern: torch.Tensor, where: "Targets") -> torch.Tensor:
         """Σ over the target keys and queries of each prompt: [batch, head, query, key] → [batch, head]."""
+        if isinstance(where, torch.Tensor):
+            return torch.where(where[:, None], pattern, 0).sum((-2, -1), dtype=torch.float64)
         prompt, query, key = where
-        total = torch.zeros((self.shape[0], pattern.shape[1]), dtype=torch.float64, device=pattern.device)
+        total = torch.zeros(pattern.shape[:2], dtype=torch.float64, device=pattern.device)
         return total.index_add_(0, prompt, pattern[prompt, :, query, key].to(torch.float64))
 
 
@@ -109,7 +113,7 @@ def z_statistics(z: torch.Tensor, targets: TokenTargets, gram: torch.Tensor | No
 
 
 class HeadStatistics:
-    """Collects the head statistics of one part; `table` returns them as columns in (prompt, layer, head) order."""
+    """Collects the head statistics of one part, in (prompt, layer, head) order."""
 
     def __init__(
         self,
@@ -119,46 +123,48 @@ class HeadStatistics:
     ) -> None:
         self._patterns, self._z_points, self._grams = patterns, z_points, grams
         self._layers = sorted({*patterns, *z_points})
+        self._seen: dict[tuple[int, str], torch.Tensor] = {}
         self._prompts: list[tuple[int, ...]] = []
-        self._values: list[npt.NDArray[np.float64]] = []
+        self._values: list[torch.Tensor] = []
 
-    def hooks(
-        self, batch: PaddedBatch
-    ) -> tuple[list[tuple[HookPoint, Callable[[torch.Tensor], None]]], Callable[..., None]]:
-        """Return the hooks of a batch and a function that takes its prompt ids once it has run."""
-        targets = TokenTargets(batch)
-        seen: dict[tuple[int, str], torch.Tensor] = {}
-        hooks: list[tuple[HookPoint, Callable[[torch.Tensor], None]]] = []
+    def hooks(self, batch: PaddedBatch) -> list[Hook]:
+        """Return hooks on patterns and z."""
+        targets, hooks = TokenTargets(batch), list[Hook]()
         for layer, point in self._patterns.items():
 
             def on_pattern(tensor: torch.Tensor, layer: int = layer) -> None:
-                seen[layer, "pattern"] = pattern_statistics(tensor, targets)
+                self._seen[layer, "pattern"] = pattern_statistics(tensor, targets)
 
             hooks.append((point, on_pattern))
         for layer, point in self._z_points.items():
 
             def on_z(tensor: torch.Tensor, layer: int = layer) -> None:
-                seen[layer, "z"] = z_statistics(tensor, targets, self._grams.get(layer))
+                self._seen[layer, "z"] = z_statistics(tensor, targets, self._grams.get(layer))
 
             hooks.append((point, on_z))
+        return hooks
 
-        def collect(prompt_ids: tuple[int, ...]) -> None:
-            widths = {"pattern": len(PATTERN_COLUMNS), "z": len(NORM_COLUMNS)}
-            layers = []
-            for layer in self._layers:
-                have = {kind: seen.get((layer, kind)) for kind in widths}
-                like = next(value for value in have.values() if value is not None)
-                filled = [
-                    like.new_full((*like.shape[:2], width), torch.nan) if have[kind] is None else have[kind]
-                    for kind, width in widths.items()
-                ]
-                layers.append(torch.cat(filled, dim=-1))  # type: ignore[arg-type]
-            values = torch.stack(layers, dim=1).cpu().numpy()  # [batch, layer, head, column]
-            self._check(values)
-            self._prompts.append(prompt_ids)
-            self._values.append(values)
+    def collect(self, prompt_ids: tuple[int, ...]) -> None:
+        """Stack what the hooks saw: [batch, layer, head, column], still on the device."""
+        widths = {"pattern": len(PATTERN_COLUMNS), "z": len(NORM_COLUMNS)}
+        layers = []
+        for layer in self._layers:
+            have = {kind: self._seen.pop((layer, kind), None) for kind in widths}
+            like = next(value for value in have.values() if value is not None)
+            filled = [
+                like.new_full((*like.shape[:2], width), torch.nan) if have[kind] is None else have[kind]
+                for kind, width in widths.items()
+            ]
+            layers.append(torch.cat(filled, dim=-1))  # type: ignore[arg-type]
+        self._prompts.append(prompt_ids)
+        self._values.append(torch.stack(layers, dim=1))
 
-        return hooks, collect
+    def tables(self) -> dict[str, Any]:
+        """Return `head_stats`, sorted by prompt, layer, head; raises `OverflowingError` for attention not finite."""
+        values = np.concatenate([batch.cpu().numpy() for batch in self._values])
+        self._check(values)
+        prompts = np.concatenate([np.asarray(ids, np.int32) for ids in self._prompts])
+        return {"head_stats": self._table(prompts, values)}
 
     def _check(self, values: npt.NDArray[np.float64]) -> None:
         """Refuse statistics of activations that are not finite; a NaN elsewhere means that no query has a target."""
@@ -169,12 +175,10 @@ class HeadStatistics:
                         f"attention of layer {layer} is not finite: the model itself overflows; try --dtype float32"
                     )
 
-    def table(self) -> Any:
-        """Return a pyarrow table of everything collected, sorted by prompt, layer, head."""
+    def _table(self, prompts: npt.NDArray[np.int32], values: npt.NDArray[np.float64]) -> Any:
         import pyarrow as pa
 
-        prompts = np.concatenate([np.asarray(ids, np.int32) for ids in self._prompts])
-        values = np.concatenate(self._values)[np.argsort(prompts, kind="stable")].astype(np.float32)
+        values = values[np.argsort(prompts, kind="stable")].astype(np.float32)
         n_prompts, n_layers, n_heads, _ = values.shape
         columns: dict[str, Any] = {
             "prompt_id": np.repeat(np.sort(prompts), n_layers * n_heads).astype(np.int32),
