@@ -483,3 +483,28 @@ def test_plans_cover_their_ranges(ranges: list[tuple[int, int]], chunk: int) -> 
     for start, count in zip(starts, counts, strict=True):
         if count:
             assert plan_reads(spec, [start], [count]) == plan_reads(spec, [start, 0], [count, 0])
+
+
+def test_one_prompt_reads_as_several_do(made: tuple[actdb.Run, Written]) -> None:
+    """The short path of ints for layer, head and prompt gives what the general one gives, values and chunk reads."""
+    run, _ = made
+    for site in run:
+        selection = run[site]
+        heads: list[dict[str, int]] = [{}]
+        if "head" in selection.dims or "kv_head" in selection.dims:
+            heads = [{"head": 0}, {"head": 1}]
+        for layer in selection.layers or (None,):
+            for head in heads:
+                for prompt in range(0, run.n_prompts, 3):
+                    one = selection.sel(layer=layer, prompt=prompt, **head)
+                    reader = one._source.reader
+                    before = reader.n_reads
+                    values, n_reads = one.numpy(), reader.n_reads - before
+                    if "prompt" not in reader.spec.dims and reader.spec.dims[-1] != "entry":
+                        assert one._place is not None
+                        several = selection.sel(layer=layer, prompt=[prompt], **head)
+                        assert several._place is None
+                        before = reader.n_reads
+                        assert np.array_equal(values, several.numpy())
+                        assert reader.n_reads - before == n_reads
+                        assert one.shape == values.shape

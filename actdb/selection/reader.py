@@ -5,7 +5,7 @@ import resource
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actdb.schema import RunInfo, SiteSpec
-from actdb.selection.plan import ChunkRead
+from actdb.selection.plan import ChunkRead, plan_reads
 from actdb.storage import arrays
 from actdb.storage.folder import Folder
 from actdb.storage.shards import ShardReader
@@ -52,6 +52,35 @@ class SiteReader:
         self._dtype = np.dtype(spec.dtype)
         self._chunk_rows = spec.chunk_shape[spec.axis]
         self._chunks_a_plane = spec.chunk_grid[spec.axis]
+        self._capacity = spec.capacity
+        self.n_plane_axes = spec.axis
+        self.plane_places = tuple(
+            ("layer", {layer: i for i, layer in enumerate(spec.layers)})
+            if dim == "layer"
+            else ("head", {head: head for head in range(extent)})
+            for dim, extent in zip(spec.dims, spec.planes, strict=False)
+        )
+
+    def read_range(self, plane: int, start: int, count: int) -> npt.NDArray[np.generic]:
+        """Return rows of one plane that lie in one part, [row, feature]; within a raw chunk a read-only view of it."""
+        if self.spec.codec == "raw":
+            pieces = [piece for piece in self._views(plane, start, count) if piece is not None]
+            if sum(map(len, pieces)) == count > 0:
+                return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        values: npt.NDArray[np.generic] = self.read((plane,), plan_reads(self.spec, (start,), (count,)), count)[0]
+        return values
+
+    def _views(self, plane: int, start: int, count: int) -> Iterator[npt.NDArray[np.generic] | None]:
+        """Yield views of the raw chunks that hold a range, None for one that is absent."""
+        part, within = divmod(start, self._capacity)
+        row_chunk, source = divmod(within, self._chunk_rows)
+        shard = self._shards.get(part) or self._shard(part)
+        while count > 0:
+            view = shard.view(plane * self._chunks_a_plane + row_chunk)
+            take = min(count, self._chunk_rows - source)
+            self.n_reads += 1
+            yield None if view is None else view[source : source + take]
+            row_chunk, source, count = row_chunk + 1, 0, count - take
 
     def read(
         self, planes: Sequence[int], reads: Sequence[ChunkRead], n_rows: int, feature: Feature = None

@@ -89,8 +89,16 @@ class Selection:
         raises. `where` is an SQL condition over label columns and `run_prompts`. Raises `SelectionError` with the valid
         range. Reads nothing but the prompt table.
         """
-        chosen = {"layer": layer, "head": head, "neuron": neuron, "prompt": prompt, "pos": pos, "where": where}
+        chosen: dict[str, Any] = {"layer": layer, "head": head, "neuron": neuron, "prompt": prompt, "pos": pos}
+        chosen["where"] = where
         given = {**self._given, **{name: value for name, value in chosen.items() if value is not None}}
+        selection = Selection(self._source, given)
+        if selection._place is None:
+            selection._check(**chosen)
+        return selection
+
+    def _check(self, *, layer: Index, head: Index, neuron: Index, prompt: Index, pos: Index, where: str | None) -> None:
+        """Refuse what the site does not have; called with what was given last."""
         spec = self._source.spec
         dims = set(spec.dims)
         if head is not None and not dims & set(HEAD_DIMS):
@@ -103,12 +111,10 @@ class Selection:
             raise SelectionError(f"site {spec.name!r} has no positions; its axes are {', '.join(spec.dims)}")
         if pos is not None and self._is_pattern and not _is_int(pos):
             raise SelectionError("pos of a pattern is one query; select it by an int, or slice the square")
-        selection = Selection(self._source, given)
         if layer is not None or head is not None:
-            _ = selection._axes
+            _ = self._axes
         if neuron is not None:
-            _ = selection._feature
-        return selection
+            _ = self._feature
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -179,6 +185,8 @@ class Selection:
         holds selected values is read once, nothing else; a raw chunk alone comes as a read-only view. Raises
         `DamageError` where a checksum does not fit.
         """
+        if self._place is not None:
+            return self._source.reader.read_range(*self._place)
         if self._is_pattern:
             return self._patterns(pad=pad)
         rows, planes = self._rows, self._planes
@@ -255,6 +263,27 @@ class Selection:
     def __repr__(self) -> str:
         axes = ", ".join(f"{dim} {size}" for dim, size in zip(self.dims, self.shape, strict=True))
         return f"<Selection {self._source.spec.name} [{axes}] {self.dtype} {self.nbytes:,} bytes>"
+
+    @cached_property
+    def _place(self) -> tuple[int, int, int] | None:
+        """Plane, first row and rows of the commonest selection: ints for one layer, head and prompt of a row site.
+
+        None for any other, and for ints out of range: the general path takes three times as long, and says what is
+        wrong.
+        """
+        given, reader = self._given, self._source.reader
+        if len(given) != reader.n_plane_axes + 1 or reader.spec.dims[reader.n_plane_axes] != "row":
+            return None
+        plane = 0
+        for name, places in reader.plane_places:
+            index = given.get(name)
+            if type(index) is not int or index not in places:
+                return None
+            plane = plane * len(places) + places[index]
+        prompt, prompts = given.get("prompt"), self._prompts
+        if type(prompt) is not int or not 0 <= prompt < len(prompts) or not prompts.stored[prompt]:
+            return None
+        return plane, int(prompts.row_start[prompt]), int(prompts.n_rows[prompt])
 
     @property
     def _is_pattern(self) -> bool:
