@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 WORKERS ?= 2
 
 .PHONY: demo test lint bench bench-quick clean
@@ -14,10 +15,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest -n $(WORKERS)
 
-bench: $(INSTALLED)
+bench: $(PEERS)
 	@$(BIN)/python -m benchmarks
 
-bench-quick: $(INSTALLED)
+bench-quick: $(PEERS)
 	@$(BIN)/python -m benchmarks --size quick --out out/benchmarks
 
 lint: $(INSTALLED)
@@ -31,6 +32,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing actdb into $(VENV) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cpu,dev]"
+	@touch $@
+
+$(PEERS): $(INSTALLED)
+	@echo "installing the benchmarks' peers into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cpu,dev,bench]"
 	@touch $@
 
 clean:

@@ -2,31 +2,114 @@
 
 import argparse
 import importlib
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.harness import SIZES, machine
+from benchmarks.harness import SIZES, Goal, Table, cell, machine
 
-CLAIMS = ("harvest", "slices", "startup")
+CLAIMS = (
+    *("harvest", "write", "slices", "scans", "stream", "volume", "sql", "memory", "growth", "writer", "startup", "gpu"),
+)
+LIMIT_S = 900
 
 
 def main() -> None:
-    """Run the claims named, print their tables and write them all to one file."""
+    """Run the claims named, each in a process of its own, print their tables and write them all to one file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("claims", nargs="*", metavar="NAME", help=f"default: all of {', '.join(CLAIMS)}")
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of RESULTS.md")
+    parser.add_argument("--json", type=Path, help="run one claim in this process, and write its table there")
     given = parser.parse_args()
     unknown = sorted(set(given.claims) - set(CLAIMS))
     if unknown:
         parser.error(f"unknown benchmark {', '.join(unknown)}; choose from {', '.join(CLAIMS)}")
-    texts = [f"# Results\n\nMade by `python -m benchmarks --size {given.size}`. {machine()}\n"]
+    if given.json is not None:
+        run_claim(given.claims[0], given.size, given.json)
+        return
+    tables, failures = [], []
     for claim in given.claims or CLAIMS:
-        with tempfile.TemporaryDirectory(prefix="actdb-bench-") as folder:
-            texts.append(importlib.import_module(f"benchmarks.{claim}").run(given.size, Path(folder)).markdown())
-        print(texts[-1], flush=True)
+        table = start_claim(claim, given.size)
+        if table is None:
+            failures.append(claim)
+            continue
+        tables.append((claim, table))
+        print(table.markdown(), flush=True)
     given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "RESULTS.md").write_text("\n".join(texts), encoding="utf-8")
+    write_results(given.out, given.size, tables, failures)
+    if failures:
+        sys.exit(f"failed: {', '.join(failures)}")
+
+
+def run_claim(claim: str, size: str, out: Path) -> None:
+    """Run one claim in this process."""
+    with tempfile.TemporaryDirectory(prefix="actdb-bench-") as folder:
+        table = importlib.import_module(f"benchmarks.{claim}").run(size, Path(folder))
+    out.write_text(table.to_json(), encoding="utf-8")
+
+
+def start_claim(claim: str, size: str) -> Table | None:
+    """Run one claim in a fresh process; None where it fails or takes too long, which is printed and does not stop."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "table.json")
+        command = [sys.executable, "-m", "benchmarks", claim, "--size", size, "--json", str(out)]
+        try:
+            subprocess.run(command, check=True, timeout=LIMIT_S)
+            return Table.from_json(out.read_text(encoding="utf-8"))
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as exc:
+            print(f"{claim}: {exc}", file=sys.stderr, flush=True)
+            return None
+
+
+def write_results(out: Path, size: str, tables: list[tuple[str, Table]], failures: list[str]) -> None:
+    """Write RESULTS.md: the goals first, then a table and a picture a claim."""
+    goals = [goal for _, table in tables for goal in table.goals]
+    texts = [
+        f"# Results\n\nMade by `python -m benchmarks --size {size}`. {machine()}\n",
+        "Figures are medians of turns taken within one run (A B A B); compare ratios, not runs.\n",
+        *([goals_table(goals)] if goals else []),
+        *([f"Failed in this run: {', '.join(failures)}.\n"] if failures else []),
+    ]
+    for claim, table in tables:
+        texts.append(table.markdown())
+        if table.plotted is not None:
+            draw(table, out / "plots" / f"{claim}.png")
+            texts.append(f"![{table.title}](plots/{claim}.png)\n")
+    (out / "RESULTS.md").write_text("\n".join(texts), encoding="utf-8")
+
+
+def goals_table(goals: list[Goal]) -> str:
+    """Return the goals as Markdown."""
+    lines = ["## Goals", "", "| claim | measured | to reach | reached |", "| --- | --- | --- | --- |"]
+    for goal in goals:
+        bound = f"{'≥' if goal.at_least else '≤'} {cell(goal.bound)} {goal.unit}"
+        lines.append(
+            f"| {goal.name} | {cell(goal.measured)} {goal.unit} | {bound} | {'yes' if goal.reached else 'no'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(table: Table, path: Path) -> None:
+    """Draw one column of a table as bars, one a row."""
+    from matplotlib.figure import Figure
+
+    column = list(table.header).index(str(table.plotted))
+    rows = [row for row in table.rows if isinstance(row[column], int | float)]
+    labels = [" · ".join(str(value) for value in row if isinstance(value, str)) for row in rows]
+    figure = Figure(figsize=(9, 0.8 + 0.32 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    colours = ["#0072b2" if "actdb" in label else "#b3b3b3" for label in labels]
+    bars = axes.barh(range(len(rows)), [row[column] for row in rows], color=colours)
+    axes.bar_label(bars, [cell(row[column]) for row in rows], padding=3)
+    axes.set_yticks(range(len(rows)), labels)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel(str(table.plotted))
+    axes.set_title(table.title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -1,43 +1,98 @@
 """What every benchmark shares: taking turns, medians, the machine's description, and the tables of RESULTS.md."""
 
 import gc
+import importlib
 import importlib.metadata
+import json
 import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 SIZES = ("full", "quick", "tiny")
-PACKAGES = ("actdb", "torch", "transformer-lens", "zarr", "tensorstore", "h5py", "numcodecs", "duckdb", "numpy")
+PACKAGES = (
+    *(
+        "actdb",
+        "torch",
+        "transformer-lens",
+        "numpy",
+        "zarr",
+        "tensorstore",
+        "zarrs",
+        "h5py",
+        "safetensors",
+        "numcodecs",
+    ),
+    *("duckdb", "pandas", "pyarrow", "pylance", "datasets", "nnsight", "torchlens"),
+)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure to reach: what it is, what was measured, the bound, and whether more is better."""
+
+    name: str
+    measured: float
+    bound: float
+    unit: str = "×"
+    at_least: bool = True
+
+    @property
+    def reached(self) -> bool:
+        """Whether the figure is on the right side of the bound."""
+        return self.measured >= self.bound if self.at_least else self.measured <= self.bound
 
 
 @dataclass(frozen=True)
 class Table:
-    """The result of one claim: rows of text or numbers under a header, and what they show."""
+    """The result of one claim: rows of text or numbers under a header, what they show, and the goals.
+
+    `plotted` names the column that the picture shows, one bar a row.
+    """
 
     title: str
     note: str
     header: Sequence[str]
     rows: Sequence[Sequence[Any]]
+    goals: Sequence[Goal] = field(default=())
+    plotted: str | None = None
 
     def markdown(self) -> str:
         """Return the table as Markdown."""
         lines = [f"## {self.title}", "", self.note, "", "| " + " | ".join(self.header) + " |"]
         lines.append("|" + " --- |" * len(self.header))
-        lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in self.rows]
+        lines += ["| " + " | ".join(cell(value) for value in row) + " |" for row in self.rows]
         return "\n".join(lines) + "\n"
 
+    def to_json(self) -> str:
+        """Return the table as JSON, for the process that collects the claims."""
+        return json.dumps(asdict(self))
 
-def take_turns(candidates: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, float]:
-    """Time candidates in turns, A B C A B C …; returns the median seconds of each. One untimed round comes first."""
+    @classmethod
+    def from_json(cls, text: str) -> "Table":
+        """Return a table from its JSON."""
+        value = json.loads(text)
+        return cls(**{**value, "goals": [Goal(**goal) for goal in value["goals"]]})
+
+
+def take_turns(
+    candidates: Mapping[str, Callable[[], Any]], *, rounds: int, before: Callable[[], Any] = lambda: None
+) -> dict[str, float]:
+    """Time candidates in turns, A B C A B C …; returns the median seconds of each. One untimed round comes first.
+
+    `before` is called before each turn, outside the time.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(rounds + 1):
         for name, function in candidates.items():
+            before()
             gc.collect()
             began = time.perf_counter()
             function()
@@ -46,17 +101,52 @@ def take_turns(candidates: Mapping[str, Callable[[], Any]], *, rounds: int) -> d
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
-def latencies(candidates: Mapping[str, Callable[[int], Any]], keys: Sequence[int]) -> dict[str, tuple[float, float]]:
-    """Time single calls, candidates in turns key by key; returns the 50th and 95th percentile in microseconds."""
+def latencies(
+    candidates: Mapping[str, Callable[[int], Any]], keys: Sequence[int], *, before: Callable[[], Any] | None = None
+) -> dict[str, tuple[float, float]]:
+    """Time single calls, candidates in turns key by key; returns the 50th and 95th percentile in microseconds.
+
+    `before` is called before each call, outside the time. Every key is asked twice and the second answer timed, unless
+    `before` is given: then each is cold.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(2):
+    for turn in range(1 if before else 2):
         for key in keys:
             for name, function in candidates.items():
+                if before:
+                    before()
                 began = time.perf_counter()
                 function(key)
-                if turn:
+                if turn or before:
                     times[name].append((time.perf_counter() - began) * 1e6)
     return {name: (float(np.percentile(v, 50)), float(np.percentile(v, 95))) for name, v in times.items()}
+
+
+def peers(*modules: str) -> dict[str, ModuleType]:
+    """Import peers by module name, leaving out those that are not installed."""
+    found = {}
+    for name in modules:
+        try:
+            found[name] = importlib.import_module(name)
+        except ImportError:
+            continue
+    return found
+
+
+def missing(*modules: str) -> str:
+    """Return a sentence that names the peers left out, and the command that installs them."""
+    absent = sorted(set(modules) - set(peers(*modules)))
+    return f" Left out, not installed (pip install actdb[bench]): {', '.join(absent)}." if absent else ""
+
+
+def evict(folder: Path) -> None:
+    """Drop the files below a folder from the page cache, as far as the system follows the advice."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
 
 
 def machine() -> str:
@@ -74,7 +164,13 @@ def machine() -> str:
     return f"{when}; {cpu}, {os.cpu_count()} cores; Python {platform.python_version()}; {', '.join(versions)}."
 
 
-def _cell(value: Any) -> str:
+def note(module_doc: str | None) -> str:
+    """Return a module's docstring as one paragraph."""
+    return " ".join((module_doc or "").split())
+
+
+def cell(value: Any) -> str:
+    """Return a value as a cell of a table."""
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,10 +1,15 @@
 """Harvesting against the forward pass itself, and against what researchers do without a database.
 
 GPT-2-small's shape with random weights, 16 × 128 tokens a batch, sites resid_post, z, pattern, mlp_post with head
-statistics, float16, default codec. `run_with_cache + torch.save` keeps the same sites in one file a batch.
+statistics, float16, default codec. The weights lie in the database already: they are written once a model. The forward
+passes, actdb and `run_with_cache` go through the TransformerLens bridge; the peers below them through the Hugging Face
+model inside it. `run_with_cache` keeps all four sites. nnsight keeps block, MLP activation and attention outputs,
+`output_hidden_states` keeps residuals and patterns: fewer sites, for that is what their users get; torchlens logs every
+operation, of which four a layer are kept. Peers store float16.
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,67 +22,148 @@ from actdb.harvesting.harvest import plan_harvest
 from actdb.harvesting.models import Model, load_model
 from actdb.harvesting.settings import Settings
 from actdb.harvesting.sites import LAYER_SITES, forward
-from benchmarks.harness import Table, take_turns
+from benchmarks.harness import Goal, Table, missing, note, peers, take_turns
 
 BATCH, TOKENS = 16, 128
 SITES = ("resid_post", "z", "pattern", "mlp_post")
-SCALE = {"full": (4, 5), "quick": (2, 2), "tiny": (1, 1)}  # batches, rounds
+SCALE = {"full": (6, 3), "quick": (2, 2), "tiny": (1, 1)}  # batches of actdb and the forward pass, rounds
+SAELENS = (
+    " SAELens 6.51 cannot take part: it imports transformer_lens.HookedTransformer, which transformer-lens 4 removed."
+)
+Cache = dict[str, torch.Tensor]
 
 
 def run(size: str, folder: Path) -> Table:
-    """Return tokens a second of each way, as ratios to the bare forward pass with logits."""
+    """Return tokens a second of each way, as ratios to the bare forward pass with and without logits."""
     n_batches, rounds = SCALE[size]
     model = _model(size, folder)
-    vocabulary = int(model.config["d_vocab"])
-    ids = torch.from_numpy(np.random.default_rng(0).integers(0, vocabulary, (n_batches, BATCH, TOKENS)))
+    ids = torch.from_numpy(
+        np.random.default_rng(0).integers(0, int(model.config["d_vocab"]), (n_batches, BATCH, TOKENS))
+    )
     prompts = [{"tokens": prompt.tolist()} for batch in ids for prompt in batch]
-    plans = {
-        "actdb, four sites and statistics": Settings(sites=SITES, run="full"),
-        "actdb, statistics only": Settings(sites=(), run="stats"),
+    planned = {
+        name: plan_harvest(model.module, prompts, settings)
+        for name, settings in {
+            "actdb, four sites and statistics": Settings(sites=SITES, run="full"),
+            "actdb, statistics only": Settings(sites=(), run="statistics"),
+        }.items()
     }
-    planned = {name: plan_harvest(model.module, prompts, settings) for name, settings in plans.items()}
-    names = [f"blocks.{layer}.{LAYER_SITES[site]}" for layer in range(model.n_layers) for site in SITES]
-
-    def harvest(name: str) -> None:
-        for part in ("runs", "arrays.zarr"):  # the weights stay: a database keeps them once a model
-            shutil.rmtree(folder / "x.actdb" / part, ignore_errors=True)
-        run_harvest(planned[name], folder / "x.actdb")
+    out = folder / "x.actdb"
 
     def bare(*, unembed: bool) -> None:
         for batch in ids:
             forward(model, batch, torch.ones_like(batch), unembed=unembed)
 
-    def cache_and_save() -> None:
-        for number, batch in enumerate(ids):
-            torch.save(cached(model, batch, names), folder / f"{number}.pt")
+    def clear() -> None:
+        for path in (out / "runs", out / "arrays.zarr", folder / "peer"):
+            shutil.rmtree(path, ignore_errors=True)
+        (folder / "peer").mkdir()
 
-    harvest("actdb, four sites and statistics")
-    _assert_equal(actdb.open(folder / "x.actdb").run(), cached(model, ids[0], names), model.n_layers)
-    medians = take_turns(
-        {
-            "bare forward pass with logits": lambda: bare(unembed=True),
-            "bare forward pass without logits": lambda: bare(unembed=False),
-            **{name: lambda name=name: harvest(name) for name in planned},
-            "run_with_cache + torch.save": cache_and_save,
-        },
-        rounds=rounds,
+    ways: dict[str, Callable[[], Any]] = {
+        "bare forward pass with logits": lambda: bare(unembed=True),
+        "bare forward pass without logits": lambda: bare(unembed=False),
+        **{name: lambda name=name: run_harvest(planned[name], out) for name in planned},
+    }
+    run_harvest(planned["actdb, four sites and statistics"], out)
+    _assert_equal(actdb.open(out).run(), cached(model, ids[0]), model.n_layers)
+    others = peer_ways(model, ids[0], folder / "peer")
+    medians = take_turns({**ways, **others}, rounds=rounds, before=clear)
+    speed = {name: (ids.numel() if name in ways else ids[0].numel()) / t for name, t in medians.items()}
+    with_logits, without = speed["bare forward pass with logits"], speed["bare forward pass without logits"]
+    rows = [(name, v, v / with_logits, v / without) for name, v in speed.items()]
+    full, statistics = speed["actdb, four sites and statistics"], speed["actdb, statistics only"]
+    best = max(value for name, value in speed.items() if name.startswith("run_with_cache"))
+    goals = (
+        Goal("harvest ÷ forward pass with logits", full / with_logits, 1.1),
+        Goal("harvest ÷ forward pass without unembedding", full / without, 0.9),
+        Goal("statistics only ÷ forward pass without unembedding", statistics / without, 0.95),
+        Goal("harvest ÷ best peer that stores the same sites", full / best, 3.0),
     )
-    n_tokens, reference = ids.numel(), medians["bare forward pass with logits"]
-    best = medians["bare forward pass without logits"]
-    rows = [(name, n_tokens / t, reference / t, best / t) for name, t in medians.items()]
     header = ("way", "tokens/s", "÷ forward with logits", "÷ forward without")
-    return Table("Harvest", (__doc__ or "").strip().replace("\n", " "), header, rows)
+    text = note(__doc__) + SAELENS + missing("h5py", "nnsight", "torchlens")
+    return Table("Harvest", text, header, rows, goals, "tokens/s")
 
 
-def cached(model: Model, batch: torch.Tensor, names: list[str]) -> dict[str, torch.Tensor]:
-    """Return the same sites by `run_with_cache`, in float16."""
+def cached(model: Model, batch: torch.Tensor) -> Cache:
+    """Return the four sites by `run_with_cache`, in float16."""
     module: Any = model.module
+    names = [f"blocks.{layer}.{LAYER_SITES[site]}" for layer in range(model.n_layers) for site in SITES]
     with torch.inference_mode():
         _, cache = module.run_with_cache(batch, names_filter=names)
     return {name: cache[name].half() for name in names}
 
 
-def _assert_equal(run: actdb.Run, cache: dict[str, torch.Tensor], n_layers: int) -> None:
+def peer_ways(model: Model, batch: torch.Tensor, folder: Path) -> dict[str, Callable[[], Any]]:
+    """Return the peers that are installed, each storing one batch in an empty folder."""
+    import zarr
+
+    def save_torch() -> None:
+        torch.save(cached(model, batch), folder / "0.pt")
+
+    def save_zarr() -> None:
+        group = zarr.open_group(folder / "x.zarr", mode="w")
+        for name, value in cached(model, batch).items():
+            group.create_array(name, data=value.numpy())
+
+    ways: dict[str, Callable[[], Any]] = {
+        "run_with_cache + torch.save": save_torch,
+        "run_with_cache + zarr-python": save_zarr,
+    }
+    found = peers("h5py", "nnsight", "torchlens")
+    if "h5py" in found:
+
+        def save_h5py() -> None:
+            with found["h5py"].File(folder / "x.h5", "w") as file:
+                for name, value in cached(model, batch).items():
+                    file.create_dataset(name, data=value.numpy())
+
+        ways["run_with_cache + h5py"] = save_h5py
+    plain: Any = getattr(model.module, "original_model", None)
+    ways["output_hidden_states/attentions + npz"] = lambda: hidden_states(plain, batch, folder)
+    if "nnsight" in found:
+        ways["nnsight cache + safetensors"] = lambda: nnsight_cache(found["nnsight"], plain, batch, folder)
+    if "torchlens" in found:
+        ways["torchlens + torch.save"] = lambda: torchlens_trace(found["torchlens"], plain, batch, folder)
+    return ways
+
+
+def hidden_states(plain: Any, batch: torch.Tensor, folder: Path) -> None:
+    """Store the residual stream and the patterns as Transformers returns them."""
+    with torch.inference_mode():
+        out = plain(batch, output_hidden_states=True, output_attentions=True)
+    arrays = {f"hidden_{i}": value.half().numpy() for i, value in enumerate(out.hidden_states)}
+    np.savez(folder / "x.npz", **arrays, **{f"pattern_{i}": v.half().numpy() for i, v in enumerate(out.attentions)})
+
+
+def nnsight_cache(nnsight: Any, plain: Any, batch: torch.Tensor, folder: Path) -> None:
+    """Store what nnsight caches of each block: its output, the MLP's activations and the attention's outputs."""
+    from safetensors.torch import save_file
+
+    traced = nnsight.NNsight(plain)
+    blocks = traced.transformer.h
+    modules = [module for block in blocks for module in (block, block.mlp.act, block.attn)]
+    with torch.inference_mode(), traced.trace(batch) as tracer:
+        cache = tracer.cache(modules=modules)
+    held = {}
+    for name in list(cache.keys()):
+        output = cache[name].output
+        values = output if isinstance(output, tuple) else (output,)
+        held |= {f"{name}.{i}": v.half().contiguous() for i, v in enumerate(values) if isinstance(v, torch.Tensor)}
+    save_file(held, folder / "x.safetensors")
+
+
+def torchlens_trace(torchlens: Any, plain: Any, batch: torch.Tensor, folder: Path) -> None:
+    """Store as many softmax, reshape, mul and add outputs of the logged operations as there are layers."""
+    with torch.no_grad():
+        trace = torchlens.trace(plain, batch)
+    n_layers, kept = len(plain.transformer.h), {}
+    for kind in ("softmax", "reshape", "mul", "add"):
+        labels = [label for label in trace.layer_labels if label.startswith(kind)]
+        kept |= {label: trace[label].out.half() for label in labels[-n_layers:]}
+    torch.save(kept, folder / "x.pt")
+
+
+def _assert_equal(run: actdb.Run, cache: Cache, n_layers: int) -> None:
     for site in SITES:
         for layer in range(n_layers):
             value = cache[f"blocks.{layer}.{LAYER_SITES[site]}"][3].float().numpy()
@@ -88,9 +174,16 @@ def _assert_equal(run: actdb.Run, cache: dict[str, torch.Tensor], n_layers: int)
 def _model(size: str, folder: Path) -> Model:
     if size != "tiny":
         return load_model("gpt2-small", random_init=0)
+    return tiny_model(folder)
+
+
+def tiny_model(folder: Path, *, n_ctx: int = TOKENS) -> Model:
+    """Return a one-layer GPT-2 with random weights."""
     from transformers import GPT2Config
 
-    config = GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50, n_positions=TOKENS)
+    config = GPT2Config(
+        n_layer=1, n_embd=16, n_head=2, vocab_size=50, n_positions=n_ctx, bos_token_id=0, eos_token_id=0
+    )
     config.architectures = ["GPT2LMHeadModel"]
     config.save_pretrained(folder / "model")
     return load_model(folder / "model", random_init=0)

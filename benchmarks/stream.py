@@ -1,0 +1,142 @@
+"""A shuffled training stream over resid_post of one layer [rows, 768] in float16, batches of 4096 as torch tensors.
+
+Quality of the shuffling is the share of a batch's rows whose neighbours in storage (within 64 rows) are in the batch
+too, beyond what chance gives: 0 is a perfect shuffle, 1 none. actdb draws whole chunks in random order into a buffer
+and shuffles that. Peers: a DataLoader over a memory map by row (perfect) and by whole batches of sorted indices
+(perfect), HF Datasets shuffled (perfect), and a buffer in the manner of dictionary_learning: half of it is refilled
+from a sequential pass, then drawn from at random.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+import actdb
+from benchmarks import data
+from benchmarks.harness import Goal, Table, missing, note, peers, take_turns
+
+SCALE = {"full": (1500, 24, 3), "quick": (400, 6, 2), "tiny": (100, 1, 1)}  # prompts, batches, rounds
+LAYER, SIZE, WIDTH, NEAR = 2, 4096, 768, 64
+
+
+def run(size: str, folder: Path) -> Table:
+    """Return rows/s of each stream over the same number of batches, and the quality of its shuffling."""
+    n_prompts, n_batches, rounds = SCALE[size]
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(100, 129, n_prompts)
+    n_rows = int(lengths.sum())
+    values = generator.standard_normal((4, n_rows, WIDTH), np.float32).astype(np.float16)
+    values[LAYER, :, :2] = numbered(n_rows)
+    data.write_run(folder / "lz4.actdb", {"resid_post": values}, lengths, "lz4")
+    data.write_run(folder / "raw.actdb", {"resid_post": values}, lengths, "raw")
+    np.save(folder / "plain.npy", values[LAYER])
+    streams = candidates(folder)
+    if size == "tiny":
+        streams = {name: lambda make=make: small(make()) for name, make in streams.items()}
+    quality = {name: clumping(stream(), n_batches, n_rows) for name, stream in streams.items()}
+    medians = take_turns({name: lambda s=s: drain(s(), n_batches) for name, s in streams.items()}, rounds=rounds)
+    batch = 64 if size == "tiny" else SIZE
+    speed = {name: n_batches * batch / t for name, t in medians.items()}
+    best = max(v for name, v in speed.items() if not name.startswith("actdb"))
+    rows = [(name, v, quality[name]) for name, v in speed.items()]
+    goals = (Goal("shuffled stream ÷ best peer", max(speed["actdb, raw"], speed["actdb, lz4"]) / best, 5.0),)
+    header = ("stream", "rows/s", "clumping")
+    return Table("Shuffled stream", note(__doc__) + missing("datasets"), header, rows, goals, "rows/s")
+
+
+def numbered(n_rows: int) -> npt.NDArray[np.float16]:
+    """Return each row's number in two float16 that hold it exactly."""
+    number = np.arange(n_rows)
+    return np.stack([number // 2048, number % 2048], axis=1).astype(np.float16)
+
+
+def candidates(folder: Path) -> dict[str, Callable[[], Iterator[torch.Tensor]]]:
+    """Return the streams, each made anew by a call."""
+    plain = np.load(folder / "plain.npy", mmap_mode="r")
+    sites = {
+        codec: actdb.open(folder / f"{codec}.actdb").run()["resid_post"].sel(layer=LAYER) for codec in ("raw", "lz4")
+    }
+    streams: dict[str, Callable[[], Iterator[torch.Tensor]]] = {
+        f"actdb, {codec}": lambda site=site: (torch.from_numpy(b.values) for b in site.shuffled(SIZE, seed=1))
+        for codec, site in sites.items()
+    }
+    streams["DataLoader over memmap, by row"] = lambda: iter(
+        torch.utils.data.DataLoader(MappedRows(plain), batch_size=SIZE, shuffle=True)
+    )
+    streams["DataLoader over memmap, by batch"] = lambda: iter(
+        torch.utils.data.DataLoader(
+            MappedRows(plain),
+            batch_size=None,
+            sampler=torch.utils.data.BatchSampler(
+                torch.utils.data.RandomSampler(range(len(plain))), SIZE, drop_last=False
+            ),
+        )
+    )
+    streams["dictionary_learning-style buffer"] = lambda: buffered(plain)
+    found = peers("datasets")
+    if "datasets" in found:
+        import pyarrow as pa
+
+        found["datasets"].disable_progress_bars()
+        table = pa.table({"x": pa.FixedSizeListArray.from_arrays(pa.array(np.array(plain).reshape(-1)), WIDTH)})
+        found["datasets"].Dataset(table).save_to_disk(str(folder / "hf"))
+        held = found["datasets"].load_from_disk(str(folder / "hf")).with_format("torch")
+        streams["HF Datasets, shuffled"] = lambda: (b["x"] for b in held.shuffle(seed=1).iter(SIZE))
+    return streams
+
+
+class MappedRows(torch.utils.data.Dataset[torch.Tensor]):
+    """Rows of a memory map, one or many at a time."""
+
+    def __init__(self, rows: Any) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        wanted = np.sort(index) if isinstance(index, list) else index
+        return torch.from_numpy(np.array(self._rows[wanted]))
+
+
+def buffered(plain: Any, n_batches: int = 32) -> Iterator[torch.Tensor]:
+    """Yield from a buffer of 32 batches, refilled from a sequential pass when half of it is used."""
+    capacity, position = min(n_batches * SIZE, len(plain)), 0
+    buffer = torch.empty(0, WIDTH, dtype=torch.float16)
+    while position < len(plain) or len(buffer):
+        take = min(capacity - len(buffer), len(plain) - position)
+        buffer = torch.cat([buffer, torch.from_numpy(np.array(plain[position : position + take]))])
+        position += take
+        order = torch.randperm(len(buffer))
+        use = len(buffer) // 2 if position < len(plain) else len(buffer)
+        for begin in range(0, use, SIZE):
+            yield buffer[order[begin : min(begin + SIZE, use)]]
+        buffer = buffer[order[use:]]
+
+
+def small(stream: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Cut batches to 64 rows."""
+    return (batch[:64] for batch in stream)
+
+
+def drain(stream: Iterator[torch.Tensor], n_batches: int) -> int:
+    """Take batches; returns their rows."""
+    return sum(len(batch) for batch, _ in zip(stream, range(n_batches), strict=False))
+
+
+def clumping(stream: Iterator[torch.Tensor], n_batches: int, n_rows: int) -> float:
+    """Return how much likelier than by chance a row's neighbour in storage is in its batch, on a scale of 0 to 1."""
+    shares, seen = [], 0
+    for batch, _ in zip(stream, range(n_batches), strict=False):
+        number = np.sort(batch[:, 0].numpy().astype(np.int64) * 2048 + batch[:, 1].numpy().astype(np.int64))
+        assert len(np.unique(number)) == len(number), "a row came twice"
+        assert number.max() < n_rows
+        chance = 1 - (1 - len(number) / n_rows) ** NEAR
+        share = float((np.diff(number) <= NEAR).mean())
+        shares.append((share - chance) / max(1 - chance, 1e-9))
+        seen += len(number)
+    return max(float(np.mean(shares)), 0.0)
