@@ -1,7 +1,7 @@
 """The harvest benchmark on a CUDA device: bare forward pass, statistics only, four sites, and the ceilings beside.
 
 GPT-2-small's shape with random weights, made here; bfloat16 and float32, 64 × 128 and 16 × 1024 tokens a batch. The
-copy ceiling is what pinned memory takes of the bytes that are stored, the storage ceiling what the writers take of them.
+copy ceiling is what pinned memory takes of the bytes that are stored, the storage ceiling what a plain file takes.
 """
 
 import shutil
