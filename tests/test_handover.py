@@ -5,13 +5,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hooked import TinyModel, files_of, random_prompts
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 import actdb
 from actdb.harvesting import handover, trial
-from actdb.harvesting.capture import pad_batch
+from actdb.harvesting.capture import gather_triangles, join_triangles, pad_batch
 from actdb.harvesting.handover import Handover
 from actdb.harvesting.models import load_model
 from actdb.harvesting.statistics.heads import TokenTargets
@@ -152,3 +156,12 @@ def test_masses_do_not_depend_on_how_targets_are_held(sparse: bool) -> None:
                 if tokens[k - shift] == tokens[q]
             )
             assert torch.allclose(mass[prompt], torch.as_tensor(wanted), atol=1e-6)
+
+
+@given(hnp.arrays(np.float16, hnp.array_shapes(min_dims=1, max_dims=3, max_side=4)), st.integers(1, 12))
+def test_triangles_by_rows_and_by_gathering(leading: np.ndarray, n: int) -> None:
+    square = torch.from_numpy(np.arange(leading.size * n * n, dtype=np.float32).reshape(*leading.shape, n, n))
+    query, key = torch.tril_indices(n, n)
+    joined = join_triangles(square)
+    assert torch.equal(joined, gather_triangles(square, query * n + key))
+    assert np.array_equal(joined.numpy(), square.numpy()[..., *np.tril_indices(n)])

@@ -3,6 +3,7 @@
 import copy
 import errno
 import fcntl
+import itertools
 import json
 import os
 import random
@@ -53,6 +54,8 @@ def test_stock_readers_read_the_same(tmp_path: Path, codec: str) -> None:
         path = tmp_path / "x.actdb" / "arrays.zarr" / "made" / spec.name
         store = tensorstore.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}).result()
         assert np.array_equal(store.read().result(), stock)
+        with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+            assert np.array_equal(np.asarray(zarr.open_array(path, mode="r")[...]), stock)
         assert stock.shape == spec.shape
         assert group[spec.name].metadata.dimension_names == spec.dims
         starts = {"row": index.row_start, "entry": index.entry_start, "prompt": index.prompt_rows(spec)}[
@@ -89,6 +92,43 @@ def test_precision_is_bitround_of_what_would_be_stored(tmp_path: Path) -> None:
             commits.read_commit(Folder(out), "exact", part).sites[site].stored_bytes
             for part in range(exact.info.n_parts)
         )
+
+
+@given(
+    cuts=st.lists(st.integers(0, 40), max_size=6),
+    length=st.integers(1, 9),
+    heads=st.sampled_from([None, 1, 3]),
+    codec=st.sampled_from(codecs.CODECS),
+    lockstep=st.booleans(),
+)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_blocks_may_end_anywhere(
+    tmp_path: Path, cuts: list[int], length: int, heads: int | None, codec: str, lockstep: bool
+) -> None:
+    """Chunks taken as they lie in a block, and those put together from several, hold the same rows in every plane."""
+    n_rows, planes = 41, (2,) if heads is None else (2, heads)
+    dims = ("layer", "row", "d") if heads is None else ("layer", "head", "row", "d")
+    capacity = -(-n_rows // length) * length
+    shapes = [(*planes, n_rows, 3), (*planes, capacity, 3), (*(1 for _ in planes), length, 3)]
+    spec = SiteSpec("x", "x", dims, *shapes, "float16", codec, None, (0, 1))
+    values = np.random.default_rng(0).standard_normal(shapes[0]).astype(np.float16)
+    writers = Writers(lockstep=lockstep)
+    shard = SiteShard(spec, tmp_path / "s", writers)
+    borders = [0, *sorted(cuts), n_rows]
+    for begin, end in itertools.pairwise(borders):
+        for layer in range(2):
+            shard.append(layer, np.ascontiguousarray(values[layer, ..., begin:end, :]))
+        writers.settle(least_bytes=100)
+    shard.flush()
+    writers.close()
+    shard.writer.finish("s")
+    reader, n_chunks = ShardReader(str(tmp_path / "s"), spec), capacity // length
+    for plane, rows in enumerate(values.reshape(-1, n_rows, 3)):
+        padded = np.concatenate([rows, np.zeros((capacity - n_rows, 3), np.float16)])
+        for chunk in range(n_chunks):
+            out = np.ones((length, 3), np.float16)
+            reader.read(plane * n_chunks + chunk, out)
+            assert np.array_equal(out, padded[chunk * length :][:length])
 
 
 @pytest.mark.parametrize("codec", ["lz4", "raw"])

@@ -123,20 +123,27 @@ def _pack_entries(pattern: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
     if batch.last_only:
         rows = [pattern[i, :, n - 1, :n] for i, n in enumerate(batch.lengths)]
         return torch.cat(rows, dim=1)
-    n_batch, n_heads, longest, _ = pattern.shape
+    n_heads = pattern.shape[1]
     uniform = len(set(batch.lengths)) == 1
     if batch.packing is None:
         if uniform:
             return pattern.transpose(0, 1).reshape(n_heads, -1).contiguous()
         return torch.cat([pattern[i, :, :n, :n].reshape(n_heads, -1) for i, n in enumerate(batch.lengths)], dim=1)
     by_head = pattern.transpose(0, 1)
-    if pattern.device.type == "cpu":  # rows as they lie: 0.8 ms for [16, 12, 128, 128] where gathering takes 2.5
-        triangles = torch.cat([by_head[:, :, q, : q + 1] for q in range(longest)], dim=2)  # [head, batch, entry]
-    else:
-        triangles = by_head.reshape(n_heads, n_batch, longest * longest).index_select(2, batch.packing)
+    triangles = join_triangles(by_head) if pattern.device.type == "cpu" else gather_triangles(by_head, batch.packing)
     if uniform:
         return triangles.reshape(n_heads, -1)
     return torch.cat([triangles[:, i, : n * (n + 1) // 2] for i, n in enumerate(batch.lengths)], dim=1)
+
+
+def join_triangles(square: torch.Tensor) -> torch.Tensor:
+    """[…, query, key] → […, entry]: rows of the triangle as they lie; on a CPU 0.8 ms where gathering takes 2.5."""
+    return torch.cat([square[..., query, : query + 1] for query in range(square.shape[-1])], dim=-1)
+
+
+def gather_triangles(square: torch.Tensor, packing: torch.Tensor) -> torch.Tensor:
+    """[…, query, key] → […, entry] by flat indices: one kernel on an accelerator."""
+    return square.flatten(-2).index_select(-1, packing)
 
 
 def top_entries(pattern: torch.Tensor, n: int, *, values: bool) -> torch.Tensor:
