@@ -166,9 +166,7 @@ def comma_separated(_: click.Context, __: click.Parameter, value: str | None) ->
     "--batch-tokens", type=int, metavar="N", help="Padded tokens of a batch; default: 2048 on a CPU, 16384 on a GPU."
 )
 @click.option("--part-tokens", type=int, metavar="N", help="Tokens of a part; default: about 1 GiB, or 30 s on a CPU.")
-@click.option(
-    "--buffer-mb", type=int, default=128, metavar="N", help="MiB that may wait to be written; default: 128."
-)
+@click.option("--buffer-mb", type=int, default=128, metavar="N", help="MiB that may wait to be written; default: 128.")
 @click.option("--worker", type=WorkerType(), metavar="I/N", help="Take every N-th part from the I-th (from 0).")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1; default: a GPU where there is one.")
 @click.option(
@@ -238,7 +236,7 @@ def sites(database: Path, run: str | None, format: str | None, output: Path | No
 @cli.command()
 @DATABASE
 @click.argument("query", required=False)
-@click.option("--schema", is_flag=True, help="Describe every table and column instead.")
+@click.option("--schema", is_flag=True, help="Describe every table, column and function instead.")
 @output_options
 def sql(database: Path, query: str | None, schema: bool, format: str | None, output: Path | None) -> None:
     """Answer an SQL QUERY over statistics, prompts, tokens and results; without one, start a shell.

@@ -279,7 +279,12 @@ class Database:
 
     def _connect(self) -> "duckdb.DuckDBPyConnection":
         if self._connection is None:
-            self._connection = catalog.connect(self._snapshot)
+            connection = catalog.connect(self._snapshot)
+            # Runs of their own: those of users lead back here, and what DuckDB holds is no cycle that Python could free
+            names = sorted(self._snapshot.runs, key=self._age)
+            runs = {name: Run(self._folder, self._snapshot.runs[name], _no_conditions) for name in names}
+            catalog.add_functions(connection, runs)
+            self._connection = connection
         return self._connection
 
     def _own_weights(self, run: str) -> list[str]:
@@ -311,6 +316,10 @@ class Database:
     def _drop_files(self, name: str, files: Sequence[str]) -> None:
         for file in files:
             self._folder.path(f"{TABLES}/{name}/{file}").unlink(missing_ok=True)
+
+
+def _no_conditions(run: str, where: str) -> Sequence[int]:
+    raise AssertionError(f"SQL functions select by numbers alone, not by {where!r}")
 
 
 def _results_table(analysis: str, run: str, values: Mapping[str, Any]) -> "pyarrow.Table":

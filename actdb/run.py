@@ -17,6 +17,7 @@ from actdb.storage.commits import RunSnapshot
 from actdb.storage.folder import Folder
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import torch
 
 WEIGHT_GROUPS = ("", "embed.", "pos_embed.", "unembed.", "ln_final.")
@@ -71,10 +72,14 @@ class Run:
 
     def __getitem__(self, site: str) -> Selection:
         """Return everything stored of a site; raises `SiteError` with the sites that there are. Reads nothing."""
+        return Selection(self.source(site))
+
+    def source(self, site: str) -> Source:
+        """Return what selections of a site read from; raises `SiteError`. Reads nothing."""
         reader = self._readers.get(site)
         if reader is None:
             reader = self._readers.setdefault(site, SiteReader(self._folder, self.info, self._spec(site)))
-        return Selection(Source(reader, self._prompt_index, self._prompts_where, self.info.causal))
+        return Source(reader, self._prompt_index, self._prompts_where, self.info.causal)
 
     def __contains__(self, site: object) -> bool:
         return site in self.sites
@@ -93,6 +98,11 @@ class Run:
         self._prompts.check(prompt)
         begin, end = self._token_starts[prompt : prompt + 2]
         return [str(text) for text in self._tokens["token"][begin:end]]
+
+    def vocabulary(self) -> dict[int, str]:
+        """Return the text of each token id that the run's prompts hold. Costs one scan of its tokens."""
+        texts = self._token_table().group_by("token_id").aggregate([("token", "min")]).drop_null()
+        return dict(zip(texts.column("token_id").to_pylist(), texts.column("token_min").to_pylist(), strict=True))
 
     def weight(self, name: str, *, layer: int | None = None, head: int | None = None) -> npt.NDArray[Any]:
         """Return a stored weight under its TransformerLens name, such as `W_E`, `W_U`, or `W_O` of a layer and head.
@@ -141,16 +151,19 @@ class Run:
 
     @cached_property
     def _tokens(self) -> Mapping[str, Any]:
+        table = self._token_table()
+        return {"token_id": table.column("token_id").to_numpy(), "token": table.column("token").to_pylist()}
+
+    def _token_table(self) -> "pa.Table":
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         name = f"runs/{self.name}/tokens.parquet"
         path = self._folder.inside(name)
         try:
-            table = pq.read_table(path, columns=["token_id", "token"])
+            return pq.read_table(path, columns=["token_id", "token"])
         except (FileNotFoundError, pa.ArrowException, OSError) as exc:
             raise DamageError(f"{self._folder.path(name)} is missing or damaged; run the same harvest again") from exc
-        return {"token_id": table.column("token_id").to_numpy(), "token": table.column("token").to_pylist()}
 
     @cached_property
     def _token_starts(self) -> npt.NDArray[np.int64]:

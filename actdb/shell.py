@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from actdb.catalog import QueryResult, one_line, quote, schema_text
+from actdb.catalog import SIGNATURES, QueryResult, one_line, quote, schema_text
 from actdb.errors import ActdbError, SqlError
 from actdb.output import emit
 
@@ -25,7 +25,7 @@ CONTINUATION = "  ...> "
 HELP = """\
 A statement ends with ; and may span lines. Only reading: SELECT, FROM, WITH, DESCRIBE, SUMMARIZE, EXPLAIN.
   .tables          the tables
-  .schema [TABLE]  columns and what they mean
+  .schema [TABLE]  columns and what they mean; functions too
   .help            this
   .quit            leave (or Ctrl-D)"""
 COMMANDS = (".help", ".quit", ".schema", ".tables")
@@ -96,8 +96,8 @@ def _command(execute: Execute, text: str) -> None:
 
 def _schema(execute: Execute, table: str) -> None:
     """Print what is documented, and for one table the columns that it has here, labels included."""
-    if not table:
-        print(schema_text())
+    if not table or table in SIGNATURES:
+        print(schema_text(table or None))
         return
     result = execute(f"SELECT column_name, column_type FROM (DESCRIBE {quote(table)})")
     with contextlib.suppress(SqlError):  # of a table of the user's own

@@ -23,6 +23,8 @@ import pytest
 from actdb import catalog
 from actdb.catalog import (
     SCHEMA,
+    SIGNATURES,
+    VIEWS,
     build,
     check_catalog,
     check_select,
@@ -233,10 +235,42 @@ def test_every_documented_column_exists(folder: Folder) -> None:
         schema_text("nope")
 
 
-@pytest.mark.parametrize("name", ["head_stats", "RUNS", "results", "", ".x", "-x", "a/b", "a b", 'x"', "..", "1" * 101])
+@pytest.mark.parametrize(
+    "name", ["head_stats", "RUNS", "Head_Stats_Labelled", "", ".x", "-x", "a/b", "a b", 'x"', "..", "1" * 101]
+)
 def test_unusable_table_names(name: str) -> None:
     with pytest.raises(SettingError, match="built-in table" if name.isalpha() or "_" in name else "not usable"):
         check_table_name(name)
+
+
+def test_labelled_view_follows_the_labels(folder: Folder) -> None:
+    add_run(folder, "first", labels={"kind": ["a", "b", "a", "b"], 'x"y': [1, 2, 3, 4]}, step=7)
+    with contextlib.closing(connect(take_snapshot(folder))) as connection:
+        documented = tuple(column.name for column in VIEWS[0].columns)
+        result = run_query(connection, "FROM head_stats_labelled ORDER BY ALL")
+        assert result.columns == (*documented, "label_kind", 'label_x"y')
+        joined = run_query(
+            connection,
+            'SELECT h.run, model, step, h.* EXCLUDE (run), kind, "x""y" FROM head_stats h JOIN runs USING (run)'
+            " JOIN prompts USING (prompt_set, prompt_id) ORDER BY ALL",
+        )
+        assert result.fetchall() == joined.fetchall()
+        assert len(result.fetchall()) == len(run_query(connection, "FROM head_stats").fetchall()) > 0
+    add_run(folder, "second", labels={"later": [True, False, None, True]}, prompt_set="other")
+    with contextlib.closing(connect(take_snapshot(folder))) as connection:
+        found = run_query(connection, "SELECT DISTINCT run, step, label_kind, label_later FROM head_stats_labelled")
+        assert {(run, step) for run, step, *_ in found.fetchall()} == {("first", 7), ("second", None)}
+        assert ("second", None, None, True) in found.fetchall()
+
+
+def test_everything_is_documented(folder: Folder) -> None:
+    text = schema_text()
+    for relation in (*SCHEMA, *VIEWS):
+        assert f"{relation.name}: {relation.meaning}" in text
+        assert all(f" {column.name} " in schema_text(relation.name) for column in relation.columns)
+    for name, signature in SIGNATURES.items():
+        assert f"{signature} -> " in text
+        assert schema_text(name).startswith(signature)
 
 
 def test_usable_table_names() -> None:
@@ -245,7 +279,7 @@ def test_usable_table_names() -> None:
 
 
 def test_empty_database_has_empty_tables(folder: Folder) -> None:
-    assert content(take_snapshot(folder)) == {table.name: [] for table in SCHEMA}
+    assert content(take_snapshot(folder)) == {relation.name: [] for relation in (*SCHEMA, *VIEWS)}
 
 
 def test_run_json_alone_is_no_error(folder: Folder) -> None:
@@ -380,7 +414,7 @@ def test_question_mark_in_the_path_costs_the_file_only(tmp_path: Path) -> None:
 def test_added_tables(folder: Folder) -> None:
     add_table(folder, "results", pa.table({"analysis": ["p"], "run": ["r"], "key": ["k"], "value": [1.5], "n": [3]}))
     add_table(folder, "results", pa.table({"analysis": ["q"], "value": [2.5], "note": ["hi"]}), stem="b")
-    for name in ("edges", "Edges", "head_stats", 'x"; DROP TABLE runs; --', "k=v"):
+    for name in ("edges", "Edges", "head_stats", "head_stats_labelled", 'x"; DROP TABLE runs; --', "k=v"):
         add_table(folder, name, pa.table({"source": [1], "A": [2]}))
     snapshot = take_snapshot(folder)
     assert sorted(rows(snapshot, "SELECT analysis, run, key, value, n, note FROM results")) == [
@@ -388,7 +422,8 @@ def test_added_tables(folder: Folder) -> None:
         ("q", None, None, 2.5, None, "hi"),
     ]
     names = {name for (name,) in rows(snapshot, "SHOW TABLES")}
-    assert names == {t.name for t in SCHEMA} | {"Edges", "edges_2", "head_stats_2", 'x"; DROP TABLE runs; --', "k=v"}
+    own = {"Edges", "edges_2", "head_stats_2", "head_stats_labelled_2", 'x"; DROP TABLE runs; --', "k=v"}
+    assert names == {relation.name for relation in (*SCHEMA, *VIEWS)} | own
     assert rows(snapshot, "FROM head_stats") == []
     assert rows(snapshot, 'FROM "x""; DROP TABLE runs; --"') == [(1, 2)]
     assert rows(snapshot, 'FROM "k=v"') == [(1, 2)]
@@ -739,7 +774,7 @@ def test_queries_read_no_files(folder: Folder, query: str) -> None:
 
 def test_queries_see_no_python_variables(folder: Folder) -> None:
     edges = pa.table({"x": [1]})
-    with pytest.raises(SqlError, match="does not exist"):
+    with pytest.raises(SqlError, match='no table "edges"'):
         rows(take_snapshot(folder), "FROM edges")
     assert edges.num_rows == 1
 
@@ -830,8 +865,21 @@ def test_unusable_queries(query: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("query", "message"),
     [
-        ("SELECT entropie FROM head_stats", '.*"entropie" not found in FROM clause! Candidate bindings: .*"entropy".*'),
-        ("FROM head_stat", '.*head_stat does not exist! Did you mean "head_stats"\\?'),
+        ("SELECT entropie FROM head_stats", 'no column "entropie"; did you mean "entropy"\\?'),
+        ("SELECT h.entropie FROM head_stats h", 'no column "entropie"; did you mean "entropy"\\?'),
+        ("SELECT avg(first_mas) FROM head_stats GROUP BY layer", 'no column "first_mas"; did you mean "first_mass"\\?'),
+        ("SELECT * EXCLUDE (layr) FROM head_stats", 'no column "layr"; did you mean "layer"\\?'),
+        ("FROM head_stats JOIN runs USING (rn)", 'no column "rn"; did you mean "run"\\?'),
+        ("SELECT ENTROPIE FROM head_stats", 'no column "ENTROPIE"; did you mean "entropy"\\?'),
+        ('SELECT "a""b" FROM runs', 'no column "a"b" in the query.s tables; actdb sql --schema lists all, .*'),
+        ('SELECT run FROM runs WHERE status = "xyz"', 'no column "xyz" .*texts stand in single quotes'),
+        ("FROM head_stat", 'no table "head_stat"; did you mean "head_stats"\\?'),
+        ("FROM head_stats_labeled", 'no table "head_stats_labeled"; did you mean "head_stats_labelled"\\?'),
+        ("FROM zzzz", 'no table "zzzz"; there are head_stats, head_stats_labelled, .*, tokens'),
+        ("SELECT x.entropy FROM head_stats h", 'no alias "x"; the query.s tables are h'),
+        ("SELECT medan(entropy) FROM head_stats", 'no function "medan"; did you mean "median"\\?'),
+        ("FROM rnge(3)", 'no function "rnge"; did you mean "range"\\?'),
+        ("SELECT list_cosine_simlarity([1], [2])", 'no function .*; did you mean "list_cosine_similarity"\\?'),
         ("SELECT 'x'::INTEGER", "Conversion Error: Could not convert string 'x' to INT32"),
         ("SELECT ?", ".*parameters: 1"),
     ],

@@ -95,7 +95,8 @@ def test_schema(session: Session) -> None:
     assert "entropy" in out
     assert "models:" not in out
     assert out.endswith("result_norm     FLOAT\n")
-    assert 'Table with name nope" does not exist!' in session('.schema nope";\r' + END)[1]
+    assert 'no table "nope""' in session('.schema nope";\r' + END)[1]
+    assert session(".schema attention\r" + END)[0].startswith("attention(layer BIGINT, head BIGINT")
 
 
 def test_help_and_unknown_commands(session: Session) -> None:

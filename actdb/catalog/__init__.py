@@ -7,13 +7,18 @@ and no view that a hostile catalog may hold, reads or writes a file.
 """
 
 from actdb.catalog.connection import check_catalog, connect, cursor, discard
+from actdb.catalog.documentation import SIGNATURES, schema_text
+from actdb.catalog.functions import add_functions
 from actdb.catalog.names import check_table_name, distinct_names, label_columns, one_line, quote
 from actdb.catalog.query import QueryResult, check_select, matching_prompts, run_query, words
-from actdb.catalog.tables import SCHEMA, schema_text
+from actdb.catalog.tables import SCHEMA, VIEWS
 
 __all__ = [
     "SCHEMA",
+    "SIGNATURES",
+    "VIEWS",
     "QueryResult",
+    "add_functions",
     "check_catalog",
     "check_select",
     "check_table_name",

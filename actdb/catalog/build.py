@@ -19,9 +19,9 @@ from actdb.catalog.names import (
     sql_literal,
     user_names,
 )
-from actdb.catalog.tables import BUILT_IN, PART_TABLES, SCHEMA, Table
+from actdb.catalog.tables import BUILT_IN, PART_TABLES, SCHEMA, VIEWS, Table
 from actdb.errors import DamageError
-from actdb.schema import Commit, FileRecord, SiteSpec, digest
+from actdb.schema import N_TOP, Commit, FileRecord, SiteSpec, digest
 from actdb.storage.commits import RUNS, TABLES, RunSnapshot, Snapshot, read_commit, table_name
 from actdb.storage.folder import Folder
 
@@ -44,9 +44,9 @@ def read_items(connection: "duckdb.DuckDBPyConnection") -> Items:
 
 
 def catalog_version() -> str:
-    """Return the version of the tables: raised by hand, and changed by any change of a column."""
+    """Return the version of the tables: raised by hand, and changed by any change of a column or view."""
     columns = [[table.name, [[c.name, c.type] for c in table.columns]] for table in SCHEMA]
-    return f"{CATALOG_VERSION}-{digest(columns)[:16]}"
+    return f"{CATALOG_VERSION}-{digest([columns, [view.query for view in VIEWS]])[:16]}"
 
 
 def snapshot_stamp(snapshot: Snapshot) -> tuple[str, str]:
@@ -102,6 +102,7 @@ class Builder:
         self._fill_prompts()
         self._fill_rows(commits)
         self._fill_user_tables()
+        self._make_views()
         self._insert("internal.items", ("VARCHAR",) * 3, sorted(snapshot_items(self.snapshot) - self.stored))
         self.connection.execute("DELETE FROM internal.stamp")
         self._insert("internal.stamp", ("VARCHAR", "VARCHAR"), [snapshot_stamp(self.snapshot)])
@@ -138,6 +139,14 @@ class Builder:
         columns = BUILT_IN[table].columns
         self.connection.execute(f"DELETE FROM {table}")
         self._insert(table, [c.type for c in columns], [[row.get(c.name) for c in columns] for row in rows])
+
+    def _make_views(self) -> None:
+        """Make the views anew: their columns follow those of `prompts`."""
+        own = {column.name for column in BUILT_IN["prompts"].columns}
+        found = [name for (name,) in self._rows("SELECT column_name FROM (DESCRIBE prompts)") if name not in own]
+        labels = "".join(f", p.{quote(name)} AS {quote(f'label_{name}')}" for name in found)
+        for view in VIEWS:
+            self.connection.execute(f"CREATE OR REPLACE VIEW {view.name} AS {view.query.format(labels=labels)}")
 
     def _new_parts(self) -> list[tuple[str, int]]:
         parts = {("part", name, str(part)): part for name, run in self.snapshot.runs.items() for part in run.parts}
@@ -250,7 +259,21 @@ class Builder:
                 files.setdefault(table.name, {})[path] = run
         for name, owners in files.items():
             self._load(f"INSERT INTO {name} SELECT {_selected(name)} FROM {_FILES}", owners)
+        if "neuron_top" in files:
+            self._compact_top()
         self.connection.execute("DROP TABLE temp.fresh")
+
+    def _compact_top(self) -> None:
+        """Keep the highest activations of each neuron over all parts of the runs that have new ones."""
+        fresh = "FROM neuron_top WHERE run IN (SELECT run FROM temp.fresh)"
+        self.connection.execute(
+            "CREATE OR REPLACE TEMP TABLE highest AS SELECT run, layer, neuron, (row_number() OVER "
+            "(PARTITION BY run, layer, neuron ORDER BY value DESC, prompt_id, pos) - 1)::INTEGER AS place, "
+            f"value, prompt_id, pos {fresh} QUALIFY place < {N_TOP}"
+        )
+        self.connection.execute(f"DELETE {fresh}")
+        self.connection.execute("INSERT INTO neuron_top SELECT * FROM temp.highest ORDER BY run, layer, neuron, place")
+        self.connection.execute("DROP TABLE temp.highest")
 
     def _load(self, query: str, owners: Mapping[str, str]) -> None:
         """Run an INSERT from Parquet files; `owners` names each path's run or prompt set."""

@@ -3,13 +3,10 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from actdb.catalog.tables import BUILT_IN
+from actdb.catalog.tables import BUILT_IN, RELATION_NAMES
 from actdb.errors import SettingError
-
-if TYPE_CHECKING:
-    pass
 
 _USABLE_NAME = re.compile(r"\w[\w.-]{0,99}")
 CHECKSUMMED = re.compile(r"-([0-9a-f]{8})\.parquet")
@@ -81,14 +78,14 @@ def distinct_names(names: Iterable[str], *, taken: Iterable[str]) -> dict[str, s
 def user_names(names: Iterable[str]) -> dict[str, str]:
     """Return the SQL name of each added table: none shadows a built-in one, and `results` is one."""
     added = sorted(names)
-    distinct = distinct_names((name for name in added if name != "results"), taken=BUILT_IN)
+    distinct = distinct_names((name for name in added if name != "results"), taken=RELATION_NAMES)
     return {name: distinct.get(name, name) for name in added}
 
 
 def check_table_name(name: str) -> None:
     """Raise `SettingError` unless an added table may have this name: no built-in one, and usable as a folder's."""
-    if fold_case(name) in map(fold_case, BUILT_IN):
-        raise SettingError(f"{name!r} is a built-in table; choose another name than {', '.join(BUILT_IN)}")
+    if fold_case(name) in map(fold_case, RELATION_NAMES):
+        raise SettingError(f"{name!r} is a built-in table; choose another name than {', '.join(RELATION_NAMES)}")
     if not _USABLE_NAME.fullmatch(name):
         raise SettingError(
             f"table name {name!r} is not usable: up to 100 letters, digits and _ . -, not starting with . or -"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from actdb.catalog.connection import cursor
+from actdb.catalog.explanation import explain
 from actdb.catalog.names import fold_case, one_line, printable
 from actdb.catalog.tables import BUILT_IN
 from actdb.errors import SqlError
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QueryResult:
-    """The rows of one query, held in memory by DuckDB; `fetchall`, `df` and `arrow` return all of them each time."""
+    """The rows of one query, held in memory by DuckDB; `fetchall`, `df` and `arrow` return all of them each time.
+
+    They raise `SqlError` once the database was closed or refreshed: DuckDB drops the rows with the connection.
+    """
 
     columns: tuple[str, ...]
     types: tuple[str, ...]
@@ -28,7 +32,8 @@ class QueryResult:
 
     def fetchall(self) -> list[tuple[Any, ...]]:
         """Return all rows."""
-        return list(self._relation.fetchall())
+        with _still_open():
+            return list(self._relation.fetchall())
 
     def fetchone(self) -> tuple[Any, ...] | None:
         """Return the next row, and None after the last."""
@@ -38,11 +43,25 @@ class QueryResult:
 
     def arrow(self) -> "pa.Table":
         """Return all rows as a pyarrow Table."""
-        return self._relation.to_arrow_table()
+        with _still_open():
+            return self._relation.to_arrow_table()
 
     def df(self) -> "pd.DataFrame":
         """Return all rows as a pandas DataFrame."""
-        return self._relation.df()
+        with _still_open():
+            return self._relation.df()
+
+
+@contextlib.contextmanager
+def _still_open() -> Iterator[None]:
+    import duckdb
+
+    try:
+        yield
+    except duckdb.ConnectionException as exc:
+        raise SqlError(
+            "the database was closed or refreshed since this query: fetch its rows before, or ask again"
+        ) from exc
 
 
 def check_select(query: str, connection: "duckdb.DuckDBPyConnection | None" = None) -> None:
@@ -113,7 +132,7 @@ def _reading(connection: "duckdb.DuckDBPyConnection") -> Iterator["duckdb.DuckDB
         yield reader
         reader.execute("COMMIT")
     except duckdb.Error as exc:
-        raise SqlError(one_line(exc)) from exc
+        raise SqlError(explain(exc, connection)) from exc
 
 
 def matching_prompts(connection: "duckdb.DuckDBPyConnection", run: str, where: str) -> list[int]:
@@ -153,6 +172,7 @@ def words(connection: "duckdb.DuckDBPyConnection") -> list[str]:
     found = cursor(connection).execute(
         "SELECT upper(keyword_name) FROM duckdb_keywords() WHERE keyword_category = 'reserved'"
         " UNION SELECT table_name FROM duckdb_tables() WHERE schema_name = 'main'"
+        " UNION SELECT view_name FROM duckdb_views() WHERE schema_name = 'main' AND NOT internal"
         " UNION SELECT column_name FROM duckdb_columns() WHERE database_name = 'actdb' AND schema_name = 'main'"
         " UNION SELECT function_name FROM duckdb_functions() WHERE regexp_full_match(function_name, '[a-z]\\w*')"
         " ORDER BY ALL"

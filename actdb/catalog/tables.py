@@ -2,12 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from actdb.errors import SqlError
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -155,6 +149,49 @@ SCHEMA: tuple[Table, ...] = (
         statistic="heads",
     ),
     Table(
+        "neuron_moments",
+        "one row a run, part, layer and neuron: sums that neuron_stats merges",
+        _columns("""
+            run VARCHAR runs.run
+            layer INTEGER layer
+            neuron INTEGER neuron
+            n BIGINT rows of the part
+            mean DOUBLE mean activation
+            m2 DOUBLE Σ (x − mean)²
+            m3 DOUBLE Σ (x − mean)³
+            max FLOAT highest activation
+            n_active BIGINT rows above 0
+        """),
+        statistic="neurons",
+    ),
+    Table(
+        "neuron_top",
+        "the highest activations of each neuron, 16 a run: where it fires most",
+        _columns("""
+            run VARCHAR runs.run
+            layer INTEGER layer
+            neuron INTEGER neuron
+            rank INTEGER from 0, the highest; ties go to the lower prompt, then the lower position
+            value FLOAT activation, as computed
+            prompt_id INTEGER prompts.prompt_id
+            pos INTEGER position in the prompt
+        """),
+        statistic="neurons",
+    ),
+    Table(
+        "token_stats",
+        "one row a run, prompt and position: how well the model predicts the next token",
+        _columns("""
+            run VARCHAR runs.run
+            prompt_id INTEGER prompts.prompt_id
+            pos INTEGER position; loss and rank speak of predicting pos + 1
+            loss FLOAT −ln p of the next token, nats; null at the last position
+            entropy FLOAT of the prediction, −Σ p ln p, nats
+            rank INTEGER tokens with a higher logit than the next one, from 0; null at the last position
+        """),
+        statistic="tokens",
+    ),
+    Table(
         "results",
         "what analyses wrote back; further columns as they were written",
         _columns("""
@@ -170,14 +207,64 @@ BUILT_IN: Mapping[str, Table] = {table.name: table for table in SCHEMA}
 PART_TABLES = tuple(table for table in SCHEMA if table.statistic)
 
 
-def schema_text(table: str | None = None) -> str:
-    """Return the documentation of one built-in table or all; raises `SqlError` on a name that is none."""
-    if table is not None and table not in BUILT_IN:
-        raise SqlError(f"no built-in table {table!r}; choose from {', '.join(BUILT_IN)}")
-    return "\n\n".join(_describe(t) for t in SCHEMA if table in (None, t.name))
+@dataclass(frozen=True)
+class View:
+    """A view of the catalog. In `query`, {labels} stands for `, p."x" AS "label_x"` of each label, p being prompts."""
+
+    name: str
+    meaning: str
+    columns: tuple[Column, ...]
+    query: str
 
 
-def _describe(table: Table) -> str:
-    names, types = (max(len(getattr(c, key)) for c in table.columns) for key in ("name", "type"))
-    lines = [f"  {c.name:<{names}}  {c.type:<{types}}  {c.meaning}" for c in table.columns]
-    return "\n".join([f"{table.name}: {table.meaning}", *lines])
+_MEASURES = tuple(column for column in BUILT_IN["head_stats"].columns if column.name not in ("run", "prompt_id"))
+VIEWS: tuple[View, ...] = (
+    View(
+        "head_stats_labelled",
+        "head_stats with the run's model and step, and each label of the prompt as label_NAME",
+        (
+            *_columns("""
+                run VARCHAR runs.run
+                model VARCHAR runs.model
+                step BIGINT runs.step, null where none was given
+                prompt_id INTEGER prompts.prompt_id
+            """),
+            *_MEASURES,
+        ),
+        f"SELECT h.run, r.model, r.step, h.prompt_id, {', '.join(f'h.{c.name}' for c in _MEASURES)}{{labels}}"
+        " FROM head_stats h JOIN runs r USING (run)"
+        " JOIN prompts p ON p.prompt_set = r.prompt_set AND p.prompt_id = h.prompt_id",
+    ),
+    View(
+        "neuron_stats",
+        "one row a run, layer and neuron: moments over all rows of the committed parts, merged exactly",
+        _columns("""
+            run VARCHAR runs.run
+            layer INTEGER layer
+            neuron INTEGER neuron
+            n BIGINT rows
+            mean DOUBLE mean activation
+            std DOUBLE standard deviation of the population, √(M2 / n)
+            skew DOUBLE √n M3 / M2^1.5; null where std is 0
+            max FLOAT highest activation
+            active_fraction DOUBLE share of rows above 0
+        """),
+        """
+        WITH means AS (
+            SELECT *, sum(n) OVER neuron AS total, sum(n * mean) OVER neuron / sum(n) OVER neuron AS centre
+            FROM neuron_moments WINDOW neuron AS (PARTITION BY run, layer, neuron)
+        ), merged AS (
+            SELECT run, layer, neuron, any_value(total)::BIGINT AS n, any_value(centre) AS mean,
+                sum(m2 + n * (mean - centre) ** 2) AS m2,
+                sum(m3 + 3 * (mean - centre) * m2 + n * (mean - centre) ** 3) AS m3,
+                max(max) AS max, sum(n_active) AS n_active
+            FROM means GROUP BY run, layer, neuron
+        )
+        SELECT run, layer, neuron, n, mean, sqrt(m2 / n) AS std,
+            CASE WHEN m2 > 0 THEN sqrt(n) * m3 / m2 ** 1.5 END AS skew, max, n_active / n AS active_fraction
+        FROM merged ORDER BY run, layer, neuron
+        """,
+    ),
+)
+"""Every view over the tables; made anew with each catalog, since labels differ."""
+RELATION_NAMES = (*BUILT_IN, *(view.name for view in VIEWS))

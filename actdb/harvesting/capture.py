@@ -5,7 +5,7 @@ All of it runs on the model's device; a block leaves it once, in the stored dtyp
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ TORCH_DTYPES = {
     "uint32": torch.uint32,
     "int64": torch.int64,
 }
+KEY_STEP = 2**31
 Intervention = tuple[str, Callable[[torch.Tensor, HookPoint], torch.Tensor | None]]
 
 
@@ -32,7 +33,8 @@ class PaddedBatch:
     """Right-padded ids [batch, pos] with their lengths, on the model's device.
 
     `counts` [batch] are the lengths there. `valid` holds the flat [batch × pos] indices of the stored rows, or None
-    where all are; `packing` the flat [query × key] indices of the lower triangle (None: the whole square).
+    where all are; `packing` the flat [query × key] indices of the lower triangle (None: the whole square); `tokens`
+    those of all rows without pads (None: there are none), and `keys` of each of these prompt_id × KEY_STEP + pos.
     """
 
     ids: torch.Tensor
@@ -42,6 +44,14 @@ class PaddedBatch:
     valid: torch.Tensor | None
     packing: torch.Tensor | None
     last_only: bool
+    prompt_ids: tuple[int, ...] = ()
+    tokens: torch.Tensor | None = None
+    keys: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the rows [row, …] of an activation [batch, pos, …], pads left out, stored or not."""
+        rows = tensor.flatten(0, 1)
+        return rows if self.tokens is None else rows.index_select(0, self.tokens)
 
     @property
     def n_tokens(self) -> int:
@@ -50,7 +60,13 @@ class PaddedBatch:
 
 
 def pad_batch(
-    prompts: Sequence[npt.NDArray[np.int32]], *, model: Model, causal: bool, positions: str, packed: bool
+    prompts: Sequence[npt.NDArray[np.int32]],
+    *,
+    model: Model,
+    causal: bool,
+    positions: str,
+    packed: bool,
+    prompt_ids: Sequence[int] | None = None,
 ) -> PaddedBatch:
     """Pad prompts on the right and precompute what strips the pads again.
 
@@ -65,10 +81,10 @@ def pad_batch(
     counts = torch.tensor(lengths)
     inside = torch.arange(longest) < counts[:, None]
     last_only = positions == "last"
-    if last_only:
-        valid: torch.Tensor | None = torch.arange(len(prompts)) * longest + counts - 1
-    else:
-        valid = None if bool(inside.all()) else inside.flatten().nonzero().squeeze(1)
+    tokens = None if bool(inside.all()) else inside.flatten().nonzero().squeeze(1)
+    valid = torch.arange(len(prompts)) * longest + counts - 1 if last_only else tokens
+    ids_of_prompts = tuple(range(len(prompts)) if prompt_ids is None else prompt_ids)
+    keys = (torch.tensor(ids_of_prompts)[:, None] * KEY_STEP + torch.arange(longest))[inside]
     packing = None
     if packed and causal and not last_only:
         query, key = torch.tril_indices(longest, longest)
@@ -87,6 +103,9 @@ def pad_batch(
         valid=send(valid),
         packing=send(packing),
         last_only=last_only,
+        prompt_ids=ids_of_prompts,
+        tokens=send(tokens),
+        keys=send(keys),
     )
 
 

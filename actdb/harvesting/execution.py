@@ -19,9 +19,11 @@ from actdb.harvesting.claim import claim_run
 from actdb.harvesting.handover import Handover
 from actdb.harvesting.harvest import Harvest
 from actdb.harvesting.pipeline import PartWriter, Writers, planned_parts
-from actdb.harvesting.sites import HarvestSite
+from actdb.harvesting.sites import LOGITS, HarvestSite
 from actdb.harvesting.statistics import PartStatistic
 from actdb.harvesting.statistics.heads import HeadStatistics
+from actdb.harvesting.statistics.neurons import NeuronStatistics
+from actdb.harvesting.statistics.tokens import TokenStatistics
 from actdb.harvesting.trial import check_memory, check_range, make_batch
 from actdb.harvesting.weights import output_grams
 from actdb.schema import Commit, RunInfo
@@ -124,7 +126,7 @@ def _compute(
             for planned_batch in harvest.layout.part_batches(part):
                 batch = make_batch(harvest, planned_batch.prompt_ids)
                 receive = partial(handover.append, writer)
-                _run_part_batch(harvest, batch, planned_batch.prompt_ids, receive, statistics)
+                _run_part_batch(harvest, batch, receive, statistics)
                 writers.settle()
                 tally.add(batch)
 
@@ -180,11 +182,12 @@ def statistics_of(harvest: Harvest) -> Callable[[], list[PartStatistic]]:
     grams: Mapping[int, torch.Tensor] = {}
     if "heads" in wanted:
         grams = output_grams(harvest.model, sorted({*probed.pattern_points, *probed.z_points}))
-
-    def make() -> list[PartStatistic]:
-        return [HeadStatistics(probed.pattern_points, probed.z_points, grams)] if "heads" in wanted else []
-
-    return make
+    makers: dict[str, Callable[[], PartStatistic]] = {
+        "heads": lambda: HeadStatistics(probed.pattern_points, probed.z_points, grams),
+        "neurons": lambda: NeuronStatistics(probed.neuron_points),
+        "tokens": lambda: TokenStatistics(harvest.model.hook_points[LOGITS]),
+    }
+    return lambda: [makers[name]() for name in wanted]
 
 
 def _tables(statistics: Sequence[PartStatistic]) -> dict[str, Any]:
@@ -194,7 +197,6 @@ def _tables(statistics: Sequence[PartStatistic]) -> dict[str, Any]:
 def _run_part_batch(
     harvest: Harvest,
     batch: PaddedBatch,
-    prompt_ids: tuple[int, ...],
     receive: Callable[[str, int, torch.Tensor], None],
     statistics: Sequence[PartStatistic],
 ) -> None:
@@ -208,7 +210,7 @@ def _run_part_batch(
     hooks = site_hooks(harvest.sites, batch, dtypes, count)
     for statistic in statistics:
         hooks += statistic.hooks(batch)
-    run_batch(harvest.model, batch, hooks, interventions=harvest.interventions, unembed=harvest.probe.needs_unembed)
+    run_batch(harvest.model, batch, hooks, interventions=harvest.interventions, unembed=harvest.needs_unembed)
     for site in harvest.sites:
         if n_received[site.name] != len(site.points):
             raise ModelError(
@@ -216,4 +218,4 @@ def _run_part_batch(
                 f"{len(site.points)} times in the probe: what it computes depends on its input, which cannot be stored"
             )
     for statistic in statistics:
-        statistic.collect(prompt_ids)
+        statistic.collect()

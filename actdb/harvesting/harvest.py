@@ -20,6 +20,11 @@ from actdb.harvesting.sites import HarvestSite, Probe, probe
 from actdb.schema import RunInfo, SiteSpec, digest
 from actdb.storage import codecs
 
+LACKING = {
+    "heads": "neither attention patterns nor z",
+    "neurons": "no mlp_post of d_mlp neurons",
+    "tokens": "no logits",
+}
 TOP_SITES = ("pattern_value", "pattern_index")
 
 
@@ -36,6 +41,11 @@ class Harvest:
     info: RunInfo
     settings: Settings
     interventions: tuple[Intervention, ...]
+
+    @property
+    def needs_unembed(self) -> bool:
+        """Whether a site or a statistic needs the logits; the unembedding is left out otherwise."""
+        return self.probe.needs_unembed or "tokens" in self.info.plan["statistics"]
 
     @property
     def raw_bytes(self) -> dict[str, int]:
@@ -198,13 +208,19 @@ def _lay_out(
 
 
 def _statistics(found: Probe, settings: Settings) -> list[str]:
-    """Return the statistics to compute: heads where the model has attention, unless others were chosen."""
-    has_heads = bool(found.pattern_points or found.z_points)
+    """Return the statistics to compute: heads where the model has attention, neurons where `mlp_post` is harvested."""
+    available = {
+        "heads": bool(found.pattern_points or found.z_points),
+        "neurons": bool(found.neuron_points),
+        "tokens": found.has_logits,
+    }
     if settings.stats is None:
-        return ["heads"] if has_heads else []
-    if "heads" in settings.stats and not has_heads:
-        raise SettingError("--stats heads: this model shows neither attention patterns nor z")
-    return list(settings.stats)
+        usual = {"heads": True, "neurons": any(site.name == "mlp_post" for site in found.sites)}
+        return [name for name, wanted in usual.items() if wanted and available[name]]
+    for name in settings.stats:
+        if not available[name]:
+            raise SettingError(f"--stats {name}: this model shows {LACKING[name]}")
+    return [name for name in available if name in settings.stats]
 
 
 def _stored_dtype(site: HarvestSite, store: str, n_ctx: int) -> str:

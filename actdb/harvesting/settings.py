@@ -11,7 +11,7 @@ from actdb.storage.codecs import CODECS
 
 POSITIONS = ("all", "last")
 STORES = ("float16", "float32")
-STATISTICS = ("heads",)
+STATISTICS = ("heads", "neurons", "tokens")
 TOP = re.compile(r"topk:([1-9]\d*)")
 
 

@@ -27,7 +27,8 @@ LAYER_SITES = {
     "z": "attn.hook_z",
     "pattern": "attn.hook_pattern",
 }
-MODEL_SITES = {"embed": "hook_embed", "ln_final": "ln_final.hook_normalized", "logits": "unembed.hook_out"}
+LOGITS = "unembed.hook_out"
+MODEL_SITES = {"embed": "hook_embed", "ln_final": "ln_final.hook_normalized", "logits": LOGITS}
 DEFAULT_SITES = ("resid_post", "z", "pattern", "mlp_post")
 WIDTHS = {
     **dict.fromkeys(("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "embed", "ln_final"), "d_model"),
@@ -70,6 +71,8 @@ class Probe:
     causal: bool
     pattern_points: Mapping[int, HookPoint]
     z_points: Mapping[int, HookPoint]
+    neuron_points: Mapping[int, HookPoint]
+    has_logits: bool
     needs_unembed: bool
 
 
@@ -101,8 +104,10 @@ def probe(model: Model, names: Sequence[str] | None, *, layers: Sequence[int] | 
     found = {name: _points(model, name, chosen) for name in wanted}
     patterns = _present(model, LAYER_SITES["pattern"], chosen)
     z_points = _present(model, LAYER_SITES["z"], chosen)
+    neurons = _points(model, "mlp_post", chosen)
+    logits = _points(model, "logits", chosen)
     every = {id(p): p for points in found.values() for p in points.values()}
-    every |= {id(p): p for p in (*patterns.values(), *z_points.values())}
+    every |= {id(p): p for p in (*patterns.values(), *z_points.values(), *neurons.values(), *logits.values())}
     seen, causal = _run(model, every, patterns)
     sites = []
     for name in wanted:
@@ -117,7 +122,30 @@ def probe(model: Model, names: Sequence[str] | None, *, layers: Sequence[int] | 
             f"statistics only; available: {', '.join(_available(model, chosen))}"
         )
     late = any(seen[id(point)].late for site in sites for point in site.points)
-    return Probe(tuple(sites), causal, _usable(patterns, seen), _usable(z_points, seen), late)
+    return Probe(
+        sites=tuple(sites),
+        causal=causal,
+        pattern_points=_usable(patterns, seen),
+        z_points=_usable(z_points, seen),
+        neuron_points=_as_site(model, "mlp_post", neurons, chosen, seen),
+        has_logits=bool(_as_site(model, "logits", logits, chosen, seen)),
+        needs_unembed=late,
+    )
+
+
+def _as_site(
+    model: Model,
+    name: str,
+    points: Mapping[int | None, HookPoint],
+    layers: tuple[int, ...],
+    seen: Mapping[int, Sighting],
+) -> dict[int, HookPoint]:
+    """Return a site's points by layer (0 for one of the whole model), none where the model has it not as it should."""
+    try:
+        site = _site(model, name, points, layers, seen)
+    except SiteError:
+        return {}
+    return dict(zip(site.layers or (0,), site.points, strict=True))
 
 
 def attach(stack: ExitStack, point: HookPoint, function: Any) -> None:

@@ -21,6 +21,7 @@ def make_batch(harvest: Harvest, prompt_ids: Sequence[int]) -> PaddedBatch:
         causal=harvest.probe.causal,
         positions=harvest.settings.positions,
         packed=any(site.kind == "entry" for site in harvest.sites),
+        prompt_ids=prompt_ids,
     )
 
 
@@ -45,7 +46,7 @@ def check_range(harvest: Harvest) -> None:
         wide = dict.fromkeys((site.name for site in harvest.sites), "float32")
         kept = [site for site in harvest.sites if site.transform is None]
         hooks = site_hooks(kept, batch, wide, check)
-        run_batch(harvest.model, batch, hooks, interventions=harvest.interventions, unembed=harvest.probe.needs_unembed)
+        run_batch(harvest.model, batch, hooks, interventions=harvest.interventions, unembed=harvest.needs_unembed)
 
 
 def check_memory(harvest: Harvest) -> None:
@@ -89,7 +90,7 @@ def _runs(harvest: Harvest) -> Callable[[Sequence[int]], bool]:
                 batch,
                 hooks,
                 interventions=harvest.interventions,
-                unembed=harvest.probe.needs_unembed,
+                unembed=harvest.needs_unembed,
             )
         except torch.OutOfMemoryError:
             if torch.cuda.is_available():
@@ -115,7 +116,7 @@ def _estimated_bytes(harvest: Harvest, prompt_ids: Sequence[int]) -> int:
     config, longest = harvest.model.config, int(harvest.tokens.lengths[list(prompt_ids)].max())
     n_rows = len(prompt_ids) * longest
     width = 8 * int(config["d_model"] or 0) + 4 * int(config["d_mlp"] or 0)
-    width += 2 * int(config["d_vocab"] or 0) if harvest.probe.needs_unembed else 0
+    width += 2 * int(config["d_vocab"] or 0) if harvest.needs_unembed else 0
     squares = 4 * int(config["n_heads"] or 0) * len(prompt_ids) * longest**2
     return (n_rows * width + squares) * (2 if harvest.model.dtype in ("float16", "bfloat16") else 4)
 

@@ -22,7 +22,7 @@ class PartStatistic(Protocol):
         """Return the hooks for a batch that is about to run."""
         ...
 
-    def collect(self, prompt_ids: tuple[int, ...]) -> None:
+    def collect(self) -> None:
         """Take up what the hooks saw of the batch that has run."""
         ...
 

@@ -130,6 +130,7 @@ class HeadStatistics:
     def hooks(self, batch: PaddedBatch) -> list[Hook]:
         """Return hooks on patterns and z."""
         targets, hooks = TokenTargets(batch), list[Hook]()
+        self._prompts.append(batch.prompt_ids)
         for layer, point in self._patterns.items():
 
             def on_pattern(tensor: torch.Tensor, layer: int = layer) -> None:
@@ -144,7 +145,7 @@ class HeadStatistics:
             hooks.append((point, on_z))
         return hooks
 
-    def collect(self, prompt_ids: tuple[int, ...]) -> None:
+    def collect(self) -> None:
         """Stack what the hooks saw: [batch, layer, head, column], still on the device."""
         widths = {"pattern": len(PATTERN_COLUMNS), "z": len(NORM_COLUMNS)}
         layers = []
@@ -156,7 +157,6 @@ class HeadStatistics:
                 for kind, width in widths.items()
             ]
             layers.append(torch.cat(filled, dim=-1))  # type: ignore[arg-type]
-        self._prompts.append(prompt_ids)
         self._values.append(torch.stack(layers, dim=1))
 
     def tables(self) -> dict[str, Any]:
