@@ -14,7 +14,7 @@ from benchmarks.harness import peers
 Values = npt.NDArray[np.float16]
 Read = Callable[[int, int | None, slice], npt.NDArray[np.float16]]
 PEERS = ("tensorstore", "zarrs", "h5py", "lance", "datasets")
-SHAPES = {"z": (12, 12, 64), "resid_post": (12, 768)}
+SHAPES = {"z": (4, 12, 64), "resid_post": (4, 768)}
 HEADS = 12
 
 

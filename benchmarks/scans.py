@@ -10,8 +10,8 @@ import numpy as np
 from benchmarks import readers
 from benchmarks.harness import Goal, Table, missing, note, take_turns
 
-SCALE = {"full": (2000, 7), "quick": (300, 3), "tiny": (12, 1)}  # prompts, rounds
-LAYER, HEAD = 5, 7
+SCALE = {"full": (800, 7), "quick": (300, 3), "tiny": (12, 1)}  # prompts, rounds
+LAYER, HEAD = 2, 7
 
 
 def run(size: str, folder: Path) -> Table:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from benchmarks import data
 from benchmarks.harness import Goal, Table, missing, note, peers, take_turns
 
-SCALE = {"full": (16_384, 5), "quick": (4096, 3), "tiny": (64, 1)}  # rows, rounds
+SCALE = {"full": (16_384, 3), "quick": (4096, 3), "tiny": (64, 1)}  # rows, rounds
 LAYERS, WIDTH = 12, 768
 CHUNK = 128  # rows: what actdb chooses, 192 KiB
 PEERS = ("tensorstore", "zarrs", "h5py", "lance", "datasets")

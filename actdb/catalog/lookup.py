@@ -16,9 +16,9 @@ import numpy.typing as npt
 from actdb.catalog.documentation import SIGNATURES
 from actdb.errors import RunError, SelectionError
 from actdb.schema import HEAD_DIMS
-from actdb.selection.plan import ChunkRead, plan_reads
+from actdb.selection.plan import ChunkRead, expand, plan_reads
 from actdb.selection.prompts import PromptIndex
-from actdb.selection.reader import SiteReader, _expand
+from actdb.selection.reader import SiteReader
 from actdb.selection.view import Source
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class Lookup:
                 for source, target, count in zip(read.sources, read.targets, read.counts, strict=True):
                     out[target : target + count] = chunk[source : source + count]
             else:
-                rows = _expand(read.sources, read.counts)
+                rows = expand(read.sources, read.counts)
                 begin = read.targets[0]  # ranges ascend: what one chunk holds of them lies together
                 out[begin : begin + len(rows)] = chunk[rows]
 

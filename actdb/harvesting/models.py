@@ -284,7 +284,13 @@ def _config(cfg: Any, name: str, module: torch.nn.Module) -> dict[str, Any]:
         "d_mlp": None if attn_only else number("d_mlp"),
         "d_vocab": number("d_vocab"),
         "n_ctx": number("n_ctx"),
+        "norm_eps": _float(getattr(cfg, "eps", None)),
+        "normalization": str(getattr(cfg, "normalization_type", None)),
     }
+
+
+def _float(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _from_transformers(

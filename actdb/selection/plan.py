@@ -103,3 +103,10 @@ def split_reads(reads: Sequence[ChunkRead], limit: int) -> Iterator[tuple[list[C
             group, rows = [], 0
     if group:
         yield group, rows
+
+
+def expand(starts: Sequence[int], counts: Sequence[int]) -> Ints:
+    """Return the indices of several ranges, one after the other."""
+    first, length = np.asarray(starts, np.int64), np.asarray(counts, np.int64)
+    ends = np.cumsum(length)
+    return np.asarray(np.arange(int(ends[-1])) + np.repeat(first - (ends - length), length), np.int64)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actdb.schema import RunInfo, SiteSpec
-from actdb.selection.plan import ChunkRead, plan_reads
+from actdb.selection.plan import ChunkRead, expand, plan_reads
 from actdb.storage import arrays
 from actdb.storage.folder import Folder
 from actdb.storage.shards import ShardReader
@@ -142,7 +142,7 @@ class SiteReader:
         if feature is not None:
             values = values[..., feature]
         if len(read.counts) > 8:
-            out[_expand(read.targets, read.counts)] = values[_expand(read.sources, read.counts)]
+            out[expand(read.targets, read.counts)] = values[expand(read.sources, read.counts)]
             return
         for source, target, count in zip(read.sources, read.targets, read.counts, strict=True):
             out[target : target + count] = values[source : source + count]
@@ -174,10 +174,3 @@ class SiteReader:
                 self._shards[part] = shard
                 _opened.append((weakref.ref(self), part))
             return shard
-
-
-def _expand(starts: Sequence[int], counts: Sequence[int]) -> npt.NDArray[np.int64]:
-    """Return the indices of several ranges, one after the other."""
-    first, length = np.asarray(starts, np.int64), np.asarray(counts, np.int64)
-    ends = np.cumsum(length)
-    return np.asarray(np.arange(int(ends[-1])) + np.repeat(first - (ends - length), length), np.int64)
