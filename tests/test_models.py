@@ -331,6 +331,8 @@ def test_the_shape_of_gpt2_small_needs_no_hub(monkeypatch: pytest.MonkeyPatch) -
         "d_mlp": 3072,
         "d_vocab": 50257,
         "n_ctx": 1024,
+        "norm_eps": 1e-5,
+        "normalization": "LN",
     }
     assert model.tokenizer is None
 

@@ -14,7 +14,7 @@ from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
 import actdb
-from actdb.harvesting.statistics.neurons import Highest, Moments, highest
+from actdb.harvesting.statistics.neurons import Highest, Moments
 from actdb.schema import N_TOP
 
 PROMPTS = random_prompts(30, d_vocab=16)
@@ -131,21 +131,23 @@ def test_moments_merge_exactly(values: np.ndarray, cuts: list[int]) -> None:
 
 
 @given(
-    seed=st.integers(0, 2**20), n_rows=st.sampled_from([1, 3, 255, 256, 400]), levels=st.sampled_from([2, 5, 10_000])
+    seed=st.integers(0, 2**20),
+    n_rows=st.sampled_from([1, 15, 16, 63, 64, 65, 400]),
+    n_batches=st.integers(1, 4),
+    levels=st.sampled_from([2, 5, 10_000]),
 )
 @settings(deadline=None, max_examples=40)
-def test_the_highest_are_those_of_a_full_sort(seed: int, n_rows: int, levels: int) -> None:
-    """With many ties (few levels) and few, by group bounds and by sorting, at once and merged over batches."""
+def test_the_highest_are_those_of_a_full_sort(seed: int, n_rows: int, n_batches: int, levels: int) -> None:
+    """With many ties (few levels) and few, below and above a group a row, at once and over several batches."""
     generator = np.random.default_rng(seed)
     values = generator.integers(0, levels, (n_rows, 7)).astype(np.float32)
     keys = generator.permutation(n_rows * 3)[:n_rows]
-    found, places = highest(torch.from_numpy(values), torch.from_numpy(keys), N_TOP)
-    merged = Highest()
-    for rows in np.array_split(np.arange(n_rows), 3):
+    held = Highest()
+    for rows in np.array_split(np.arange(n_rows), n_batches):
         if len(rows):
-            merged.add(torch.from_numpy(values[rows]), torch.from_numpy(keys[rows]))
+            held.add(torch.from_numpy(values[rows]), torch.from_numpy(keys[rows]))
+    found, places = held.sorted()
     for neuron in range(7):
         order = np.lexsort((keys, -values[:, neuron]))[:N_TOP]
-        for have, where in ((found, places), (merged.values, merged.keys)):
-            assert np.array_equal(have[:, neuron], values[order, neuron])
-            assert np.array_equal(where[:, neuron], keys[order])
+        assert np.array_equal(found[neuron], values[order, neuron])
+        assert np.array_equal(places[neuron], keys[order])
