@@ -135,3 +135,25 @@ def test_statistics_do_not_depend_on_what_is_stored_or_on_batches(tmp_path: Path
                     assert a is None or abs(a - b) <= 1e-5 * max(1.0, abs(a))
         assert stored_statistics(db, "without") == {}
         assert db.run("none").sites == ()
+
+
+def test_roles_follow_the_rule(tmp_path: Path) -> None:
+    """Each head's role is that of its greatest mean mass, from 0.4 on; uniform from 0.9 of even attention on."""
+    actdb.harvest(TinyModel(), PROMPTS, tmp_path / "x.actdb", run="own")
+    with actdb.open(tmp_path / "x.actdb") as db:
+        found = db.sql("SELECT * FROM head_roles ORDER BY layer, head").df()
+        stats = db.sql("SELECT * FROM head_stats JOIN run_prompts USING (run, prompt_id)").df()
+    names = ("previous", "first", "self", "duplicate", "induction")
+    sources = ("prev_mass", "first_mass", "self_mass", "duplicate_mass", "induction_mass")
+    assert len(found) == stats.groupby(["layer", "head"]).ngroups
+    for row in found.itertuples():
+        held = stats[(stats["layer"] == row.layer) & (stats["head"] == row.head)]
+        scores = {name: float(held[source].mean()) for name, source in zip(names, sources, strict=True)}
+        for name in names:
+            assert getattr(row, name) == pytest.approx(scores[name], abs=1e-6)
+        even = np.mean([np.log(np.arange(1, n + 1)).mean() for n in held["n_tokens"]])
+        uniform = float(held["entropy"].mean() / even)
+        assert row.uniform == pytest.approx(uniform, abs=1e-6)
+        best = max(scores, key=lambda name: scores[name])
+        wanted = best if scores[best] >= 0.4 else "uniform" if uniform >= 0.9 else None
+        assert (row.role if isinstance(row.role, str) else None) == wanted

@@ -11,7 +11,8 @@ from actdb.catalog.documentation import SIGNATURES, schema_text
 from actdb.catalog.functions import add_functions
 from actdb.catalog.names import check_table_name, distinct_names, label_columns, one_line, quote
 from actdb.catalog.query import QueryResult, check_select, matching_prompts, run_query, words
-from actdb.catalog.tables import SCHEMA, VIEWS
+from actdb.catalog.tables import SCHEMA
+from actdb.catalog.views import VIEWS
 
 __all__ = [
     "SCHEMA",

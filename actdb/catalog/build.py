@@ -19,7 +19,8 @@ from actdb.catalog.names import (
     sql_literal,
     user_names,
 )
-from actdb.catalog.tables import BUILT_IN, PART_TABLES, SCHEMA, VIEWS, Table
+from actdb.catalog.tables import BUILT_IN, PART_TABLES, SCHEMA, Table
+from actdb.catalog.views import VIEWS
 from actdb.errors import DamageError
 from actdb.schema import N_TOP, Commit, FileRecord, SiteSpec, digest
 from actdb.storage.commits import RUNS, TABLES, RunSnapshot, Snapshot, read_commit, table_name

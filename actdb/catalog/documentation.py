@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from actdb.catalog.tables import BUILT_IN, SCHEMA, VIEWS, Table, View
+from actdb.catalog.tables import BUILT_IN, SCHEMA, Table
+from actdb.catalog.views import VIEWS, View
 from actdb.errors import SqlError
 
 

@@ -5,7 +5,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from actdb.catalog.tables import BUILT_IN, RELATION_NAMES
+from actdb.catalog.tables import BUILT_IN
+from actdb.catalog.views import RELATION_NAMES
 from actdb.errors import SettingError
 
 _USABLE_NAME = re.compile(r"\w[\w.-]{0,99}")

@@ -23,7 +23,7 @@ class Table:
     statistic: str | None = None
 
 
-def _columns(text: str) -> tuple[Column, ...]:
+def parse_columns(text: str) -> tuple[Column, ...]:
     """Parse lines of `name TYPE meaning`."""
     return tuple(Column(*line.split(maxsplit=2)) for line in text.strip().splitlines())
 
@@ -32,7 +32,7 @@ SCHEMA: tuple[Table, ...] = (
     Table(
         "models",
         "one row a model that was harvested",
-        _columns("""
+        parse_columns("""
             model VARCHAR name or folder that the model was loaded from
             architecture VARCHAR the model's class in its configuration
             n_layers INTEGER number of layers
@@ -48,7 +48,7 @@ SCHEMA: tuple[Table, ...] = (
     Table(
         "runs",
         "one row a run: one harvest of one model over one prompt set",
-        _columns("""
+        parse_columns("""
             run VARCHAR name of the run, its key
             model VARCHAR the model harvested: models.model
             prompt_set VARCHAR content hash of the prompts: prompts.prompt_set
@@ -65,6 +65,7 @@ SCHEMA: tuple[Table, ...] = (
             store VARCHAR dtype that is stored
             positions VARCHAR positions that were stored: all or last
             pattern VARCHAR how attention patterns are stored: full, topk:N or none
+            causal BOOLEAN attention looks back only, as a probe measured
             hooks_id VARCHAR name given to interventions during the harvest, null without any
             n_prompts BIGINT prompts planned
             n_rows BIGINT rows planned; a row is one (prompt, position)
@@ -80,7 +81,7 @@ SCHEMA: tuple[Table, ...] = (
     Table(
         "sites",
         "one row a run and kind of activation; sizes are of the parts committed so far",
-        _columns("""
+        parse_columns("""
             run VARCHAR runs.run
             site VARCHAR name of the site
             dims VARCHAR[] names of the array's axes
@@ -95,7 +96,7 @@ SCHEMA: tuple[Table, ...] = (
     Table(
         "prompts",
         "one row a prompt of each prompt set, with one more column a label",
-        _columns("""
+        parse_columns("""
             prompt_set VARCHAR content hash of the prompts
             prompt_id INTEGER number of the prompt in its set, from 0
             text VARCHAR the prompt; null where tokens were given
@@ -104,7 +105,7 @@ SCHEMA: tuple[Table, ...] = (
     Table(
         "run_prompts",
         "one row a run and prompt of its committed parts: where its activations lie",
-        _columns("""
+        parse_columns("""
             run VARCHAR runs.run
             prompt_id INTEGER prompts.prompt_id
             n_tokens INTEGER tokens of the prompt that were run, BOS included
@@ -119,7 +120,7 @@ SCHEMA: tuple[Table, ...] = (
     Table(
         "tokens",
         "one row a token of each prompt of committed parts",
-        _columns("""
+        parse_columns("""
             run VARCHAR runs.run
             prompt_id INTEGER prompts.prompt_id
             pos INTEGER position in the prompt, from 0
@@ -130,7 +131,7 @@ SCHEMA: tuple[Table, ...] = (
     Table(
         "head_stats",
         "one row a run, prompt, layer and head; with w[q, k] the pattern, t the tokens, means over queries q",
-        _columns("""
+        parse_columns("""
             run VARCHAR runs.run
             prompt_id INTEGER prompts.prompt_id
             layer INTEGER the model's layer number, from 0
@@ -151,7 +152,7 @@ SCHEMA: tuple[Table, ...] = (
     Table(
         "neuron_moments",
         "one row a run, part, layer and neuron: sums that neuron_stats merges",
-        _columns("""
+        parse_columns("""
             run VARCHAR runs.run
             layer INTEGER layer
             neuron INTEGER neuron
@@ -167,7 +168,7 @@ SCHEMA: tuple[Table, ...] = (
     Table(
         "neuron_top",
         "the highest activations of each neuron, 16 a run: where it fires most",
-        _columns("""
+        parse_columns("""
             run VARCHAR runs.run
             layer INTEGER layer
             neuron INTEGER neuron
@@ -181,7 +182,7 @@ SCHEMA: tuple[Table, ...] = (
     Table(
         "token_stats",
         "one row a run, prompt and position: how well the model predicts the next token",
-        _columns("""
+        parse_columns("""
             run VARCHAR runs.run
             prompt_id INTEGER prompts.prompt_id
             pos INTEGER position; loss and rank speak of predicting pos + 1
@@ -194,7 +195,7 @@ SCHEMA: tuple[Table, ...] = (
     Table(
         "results",
         "what analyses wrote back; further columns as they were written",
-        _columns("""
+        parse_columns("""
             analysis VARCHAR name of the analysis
             run VARCHAR runs.run
             key VARCHAR what was measured
@@ -205,66 +206,3 @@ SCHEMA: tuple[Table, ...] = (
 """Every built-in table; the tables are created from it and `actdb sql --schema` prints it."""
 BUILT_IN: Mapping[str, Table] = {table.name: table for table in SCHEMA}
 PART_TABLES = tuple(table for table in SCHEMA if table.statistic)
-
-
-@dataclass(frozen=True)
-class View:
-    """A view of the catalog. In `query`, {labels} stands for `, p."x" AS "label_x"` of each label, p being prompts."""
-
-    name: str
-    meaning: str
-    columns: tuple[Column, ...]
-    query: str
-
-
-_MEASURES = tuple(column for column in BUILT_IN["head_stats"].columns if column.name not in ("run", "prompt_id"))
-VIEWS: tuple[View, ...] = (
-    View(
-        "head_stats_labelled",
-        "head_stats with the run's model and step, and each label of the prompt as label_NAME",
-        (
-            *_columns("""
-                run VARCHAR runs.run
-                model VARCHAR runs.model
-                step BIGINT runs.step, null where none was given
-                prompt_id INTEGER prompts.prompt_id
-            """),
-            *_MEASURES,
-        ),
-        f"SELECT h.run, r.model, r.step, h.prompt_id, {', '.join(f'h.{c.name}' for c in _MEASURES)}{{labels}}"
-        " FROM head_stats h JOIN runs r USING (run)"
-        " JOIN prompts p ON p.prompt_set = r.prompt_set AND p.prompt_id = h.prompt_id",
-    ),
-    View(
-        "neuron_stats",
-        "one row a run, layer and neuron: moments over all rows of the committed parts, merged exactly",
-        _columns("""
-            run VARCHAR runs.run
-            layer INTEGER layer
-            neuron INTEGER neuron
-            n BIGINT rows
-            mean DOUBLE mean activation
-            std DOUBLE standard deviation of the population, √(M2 / n)
-            skew DOUBLE √n M3 / M2^1.5; null where std is 0
-            max FLOAT highest activation
-            active_fraction DOUBLE share of rows above 0
-        """),
-        """
-        WITH means AS (
-            SELECT *, sum(n) OVER neuron AS total, sum(n * mean) OVER neuron / sum(n) OVER neuron AS centre
-            FROM neuron_moments WINDOW neuron AS (PARTITION BY run, layer, neuron)
-        ), merged AS (
-            SELECT run, layer, neuron, any_value(total)::BIGINT AS n, any_value(centre) AS mean,
-                sum(m2 + n * (mean - centre) ** 2) AS m2,
-                sum(m3 + 3 * (mean - centre) * m2 + n * (mean - centre) ** 3) AS m3,
-                max(max) AS max, sum(n_active) AS n_active
-            FROM means GROUP BY run, layer, neuron
-        )
-        SELECT run, layer, neuron, n, mean, sqrt(m2 / n) AS std,
-            CASE WHEN m2 > 0 THEN sqrt(n) * m3 / m2 ** 1.5 END AS skew, max, n_active / n AS active_fraction
-        FROM merged ORDER BY run, layer, neuron
-        """,
-    ),
-)
-"""Every view over the tables; made anew with each catalog, since labels differ."""
-RELATION_NAMES = (*BUILT_IN, *(view.name for view in VIEWS))
