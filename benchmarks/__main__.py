@@ -5,6 +5,7 @@ import importlib
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.harness import SIZES, Goal, Table, cell, machine
@@ -14,10 +15,14 @@ CLAIMS = (
     *("memory", "growth", "writer", "startup", "gpu"),
 )
 LIMIT_S = 900
+TABLES = "tables"
 
 
 def main() -> None:
-    """Run the claims named, each in a process of its own, print their tables and write them all to one file."""
+    """Run the claims named, each in a process of its own, and print their tables.
+
+    Each table is kept as JSON beside RESULTS.md, which is written anew from all of them: a claim may be run again alone.
+    """
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("claims", nargs="*", metavar="NAME", help=f"default: all of {', '.join(CLAIMS)}")
     parser.add_argument("--size", choices=SIZES, default="full")
@@ -30,16 +35,16 @@ def main() -> None:
     if given.json is not None:
         run_claim(given.claims[0], given.size, given.json)
         return
-    tables, failures = [], []
+    failures = []
+    (given.out / TABLES).mkdir(parents=True, exist_ok=True)
     for claim in given.claims or CLAIMS:
         table = start_claim(claim, given.size)
         if table is None:
             failures.append(claim)
             continue
-        tables.append((claim, table))
         print(table.markdown(), flush=True)
-    given.out.mkdir(parents=True, exist_ok=True)
-    write_results(given.out, given.size, tables, failures)
+        (given.out / TABLES / f"{claim}.json").write_text(table.to_json(), encoding="utf-8")
+        write_results(given.out)
     if failures:
         sys.exit(f"failed: {', '.join(failures)}")
 
@@ -48,6 +53,7 @@ def run_claim(claim: str, size: str, out: Path) -> None:
     """Run one claim in this process."""
     with tempfile.TemporaryDirectory(prefix="actdb-bench-") as folder:
         table = importlib.import_module(f"benchmarks.{claim}").run(size, Path(folder))
+    table = replace(table, made=f"Size {size}; {machine()}")
     out.write_text(table.to_json(), encoding="utf-8")
 
 
@@ -64,17 +70,22 @@ def start_claim(claim: str, size: str) -> Table | None:
             return None
 
 
-def write_results(out: Path, size: str, tables: list[tuple[str, Table]], failures: list[str]) -> None:
-    """Write RESULTS.md: the goals first, then a table and a picture a claim."""
-    goals = [goal for _, table in tables for goal in table.goals]
+def write_results(out: Path) -> None:
+    """Write RESULTS.md from the tables kept beside it: the goals first, then a table and a picture a claim."""
+    kept = {claim: out / TABLES / f"{claim}.json" for claim in CLAIMS}
+    tables = {claim: Table.from_json(path.read_text()) for claim, path in kept.items() if path.exists()}
+    goals = [goal for table in tables.values() for goal in table.goals]
+    made = {table.made for table in tables.values()}
     texts = [
-        f"# Results\n\nMade by `python -m benchmarks --size {size}`. {machine()}\n",
-        "Figures are medians of turns taken within one run (A B A B); compare ratios, not runs.\n",
+        "# Results\n\nMade by `python -m benchmarks`. Figures are medians of turns taken within one run (A B A B):",
+        "compare ratios within a table, not figures of two tables.\n",
+        *([f"{next(iter(made))}\n"] if len(made) == 1 else []),
         *([goals_table(goals)] if goals else []),
-        *([f"Failed in this run: {', '.join(failures)}.\n"] if failures else []),
     ]
-    for claim, table in tables:
+    for claim, table in tables.items():
         texts.append(table.markdown())
+        if len(made) > 1:
+            texts.append(f"{table.made}\n")
         if table.plotted is not None:
             draw(table, out / "plots" / f"{claim}.png")
             texts.append(f"![{table.title}](plots/{claim}.png)\n")

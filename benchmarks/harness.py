@@ -54,7 +54,7 @@ class Goal:
 class Table:
     """The result of one claim: rows of text or numbers under a header, what they show, and the goals.
 
-    `plotted` names the column that the picture shows, one bar a row.
+    `plotted` names the column that the picture shows, one bar a row; `made` the size, machine and versions.
     """
 
     title: str
@@ -63,6 +63,7 @@ class Table:
     rows: Sequence[Sequence[Any]]
     goals: Sequence[Goal] = field(default=())
     plotted: str | None = None
+    made: str = ""
 
     def markdown(self) -> str:
         """Return the table as Markdown."""
@@ -85,13 +86,16 @@ class Table:
 def take_turns(
     candidates: Mapping[str, Callable[[], Any]], *, rounds: int, before: Callable[[], Any] = lambda: None
 ) -> dict[str, float]:
-    """Time candidates in turns, A B C A B C …; returns the median seconds of each. One untimed round comes first.
+    """Time candidates in turns, A B C B C A C A B …; returns the median seconds of each. One untimed round comes first.
 
-    `before` is called before each turn, outside the time.
+    Each round begins one candidate later, since some leave work behind (memory given back in the background) that
+    slows the next. `before` is called before each turn, outside the time.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
+    order = list(candidates.items())
     for turn in range(rounds + 1):
-        for name, function in candidates.items():
+        begin = turn % len(order)
+        for name, function in order[begin:] + order[:begin]:
             before()
             gc.collect()
             began = time.perf_counter()

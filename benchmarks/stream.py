@@ -1,10 +1,10 @@
 """A shuffled training stream over resid_post of one layer [rows, 768] in float16, batches of 4096 as torch tensors.
 
-Quality of the shuffling is the share of a batch's rows whose neighbours in storage (within 64 rows) are in the batch
-too, beyond what chance gives: 0 is a perfect shuffle, 1 none. actdb draws whole chunks in random order into a buffer
-and shuffles that. Peers: a DataLoader over a memory map by row (perfect) and by whole batches of sorted indices
-(perfect), HF Datasets shuffled (perfect), and a buffer in the manner of dictionary_learning: half of it is refilled
-from a sequential pass, then drawn from at random.
+Clumping is how many rows of its neighbourhood in storage (64 places to each side) a row finds in its batch, as a
+multiple of what a perfect shuffle gives: 1 is perfect, unshuffled rows have some 40. actdb draws whole chunks in random
+order into a buffer of 64 MiB and shuffles that. Peers: a DataLoader over a memory map by row and by whole batches of
+sorted indices (both perfect, and all in the page cache), HF Datasets shuffled (perfect), and a buffer in the manner of
+dictionary_learning: half of it is refilled from a sequential pass, then drawn from at random.
 """
 
 from collections.abc import Callable, Iterator
@@ -129,14 +129,13 @@ def drain(stream: Iterator[torch.Tensor], n_batches: int) -> int:
 
 
 def clumping(stream: Iterator[torch.Tensor], n_batches: int, n_rows: int) -> float:
-    """Return how much likelier than by chance a row's neighbour in storage is in its batch, on a scale of 0 to 1."""
-    shares, seen = [], 0
+    """Return how many rows within 64 places in storage a row finds in its batch, as a multiple of chance."""
+    found, expected = 0.0, 0.0
     for batch, _ in zip(stream, range(n_batches), strict=False):
         number = np.sort(batch[:, 0].numpy().astype(np.int64) * 2048 + batch[:, 1].numpy().astype(np.int64))
         assert len(np.unique(number)) == len(number), "a row came twice"
         assert number.max() < n_rows
-        chance = 1 - (1 - len(number) / n_rows) ** NEAR
-        share = float((np.diff(number) <= NEAR).mean())
-        shares.append((share - chance) / max(1 - chance, 1e-9))
-        seen += len(number)
-    return max(float(np.mean(shares)), 0.0)
+        near = np.searchsorted(number, number + NEAR, "right") - np.searchsorted(number, number - NEAR) - 1
+        found += float(near.sum())
+        expected += len(number) * (len(number) - 1) * 2 * NEAR / n_rows
+    return found / expected

@@ -57,9 +57,9 @@ class Stream:
         """Plan all rows, in storage order."""
         return plan_reads(self.reader.spec, self.starts, self.counts) if len(self.starts) else []
 
-    def load(self, reads: Sequence[ChunkRead], n_rows: int) -> Block:
-        """Read some chunks into a block; rows come chunk by chunk."""
-        packed, origin, offset = [], [], 0
+    def load(self, reads: Sequence[ChunkRead], n_rows: int, rest: Block | None = None) -> Block:
+        """Read some chunks into a block, after the rows of `rest`; rows come chunk by chunk."""
+        packed, origin, offset, kept = [], [], 0, 0 if rest is None else len(rest)
         for read in reads:
             ends = np.cumsum(read.counts) + offset
             packed.append(
@@ -68,9 +68,14 @@ class Stream:
             origin += [np.arange(t, t + c) for t, c in zip(read.targets, read.counts, strict=True)]
             offset = int(ends[-1])
         rows = np.concatenate(origin)
-        values = np.empty((len(self.planes), n_rows, *self.reader._feature_shape(self.feature)), self.reader.spec.dtype)
-        self.reader.read_into(values, self.planes, packed, self.feature)
-        return Block(values, self.prompt[rows], None if self.pos is None else self.pos[rows])
+        feature = self.reader._feature_shape(self.feature)
+        values = np.empty((len(self.planes), kept + n_rows, *feature), self.reader.spec.dtype)
+        self.reader.read_into(values[:, kept:], self.planes, packed, self.feature)
+        block = Block(values, self.prompt[rows], None if self.pos is None else self.pos[rows])
+        if rest is None:
+            return block
+        values[:, :kept] = rest.values
+        return Block(values, _join(rest.prompt, block.prompt), _join(rest.pos, block.pos))
 
     def shape(self, block: Block) -> Block:
         """Give a block [plane, row, …] the axes that the selection keeps."""
@@ -82,9 +87,7 @@ def scan(stream: Stream, size: int) -> Iterator[Block]:
     """Yield all rows in storage order, `size` at a time (the last block may be short)."""
     rest: Block | None = None
     for reads, n_rows in split_reads(stream.plan(), size):
-        block = stream.load(reads, n_rows)
-        if rest is not None:
-            block = _join([rest, block])
+        block = stream.load(reads, n_rows, rest)
         begin = 0
         while len(block) - begin >= size:
             yield stream.shape(_rows(block, slice(begin, begin + size)))
@@ -112,9 +115,7 @@ def _shuffle_epoch(
 ) -> Iterator[Block]:
     rest: Block | None = None
     for group, n_rows in split_reads(reads, buffer_rows):
-        block = stream.load(group, n_rows)
-        if rest is not None:
-            block = _join([rest, block])
+        block = stream.load(group, n_rows, rest)
         order = generator.permutation(len(block))
         begin = 0
         while len(block) - begin >= size:
@@ -126,13 +127,9 @@ def _shuffle_epoch(
 
 
 def _rows(block: Block, rows: slice | Ints) -> Block:
-    return Block(block.values[:, rows], block.prompt[rows], None if block.pos is None else block.pos[rows])
+    values = block.values[:, rows] if isinstance(rows, slice) else np.take(block.values, rows, axis=1)
+    return Block(values, block.prompt[rows], None if block.pos is None else block.pos[rows])
 
 
-def _join(blocks: list[Block]) -> Block:
-    positions = [block.pos for block in blocks if block.pos is not None]
-    return Block(
-        np.concatenate([block.values for block in blocks], axis=1),
-        np.concatenate([block.prompt for block in blocks]),
-        np.concatenate(positions) if positions else None,
-    )
+def _join(first: Any, second: Any) -> Any:
+    return None if first is None else np.concatenate([first, second])
