@@ -23,9 +23,9 @@ USUAL_EPS = 1e-5
 class Unembedding:
     """The final norm and unembedding of a run, in float32.
 
-    logits = norm(x) W_U + b_U, where norm(x) = (x − mean x) / √(var x + ε) · w + b for a LayerNorm (one with a bias),
-    x / √(mean x² + ε) · w for an RMSNorm (one without), and x where the model has none. ε is the recorded one, else
-    10⁻⁵: it scales a vector's normalised values alike, by less than ε / (2 var x). Holds W_U in memory.
+    logits = norm(x) W_U + b_U, where norm(x) = (x − mean x) / √(var x + ε) · w + b for a LayerNorm,
+    x / √(mean x² + ε) · w for an RMSNorm, and x where the model has none. Kind and ε are those recorded with the run;
+    without a record, a norm with a bias is taken for a LayerNorm, and ε for 10⁻⁵. Holds W_U in memory.
 
     Raises `SelectionError` where the run keeps no unembedding, and for models that look both ways, whose heads for
     masked tokens transform the vectors further.
@@ -39,6 +39,8 @@ class Unembedding:
         self.offset = _vector(run, "unembed.b_U", names)
         self.scale = _vector(run, "ln_final.w", names)
         self.shift = _vector(run, "ln_final.b", names)
+        kind = str(run.info.model.get("normalization"))
+        self.centres = kind.startswith("LN") if kind.startswith(("LN", "RMS")) else self.shift is not None
         self.eps = float(run.info.model.get("norm_eps") or USUAL_EPS)
 
     @property
@@ -50,7 +52,7 @@ class Unembedding:
         """Return the final norm of residual vectors [row, d_model]."""
         if self.scale is None:
             return residual
-        if self.shift is not None:
+        if self.centres:
             residual = residual - residual.mean(-1, keepdims=True)
         size = np.sqrt((residual * residual).mean(-1, keepdims=True) + np.float32(self.eps))
         scaled = residual / size * self.scale

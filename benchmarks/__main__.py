@@ -21,7 +21,7 @@ TABLES = "tables"
 def main() -> None:
     """Run the claims named, each in a process of its own, and print their tables.
 
-    Each table is kept as JSON beside RESULTS.md, which is written anew from all of them: a claim may be run again alone.
+    Each table is kept as JSON beside RESULTS.md, which is written anew from all: a claim may be run again alone.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("claims", nargs="*", metavar="NAME", help=f"default: all of {', '.join(CLAIMS)}")
