@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.harness import SIZES, Goal, Table, cell, machine
 
 CLAIMS = (
-    *("harvest", "write", "slices", "scans", "stream", "volume", "sql", "functions"),
+    *("harvest", "profile", "write", "slices", "scans", "stream", "volume", "sql", "functions"),
     *("memory", "growth", "writer", "startup", "gpu"),
 )
 LIMIT_S = 900

@@ -125,19 +125,14 @@ class SiteReader:
             future.result()
 
     def _join(self, out: npt.NDArray[np.generic], plane: int, reads: Sequence[ChunkRead]) -> None:
-        """Fill `out` [row, …] with pieces of raw chunks that follow one another, in one call for all."""
-        pieces = []
+        """Fill `out` [row, …] with pieces of raw chunks that follow one another."""
+        begin = 0
         for read in reads:
-            view = (self._shards.get(read.part) or self._shard(read.part)).view(
-                plane * self._chunks_a_plane + read.row_chunk
-            )
-            source, count = read.sources[0], read.counts[0]
-            if view is None:
-                view = np.zeros((self._chunk_rows, *self.spec.feature), self._dtype)
-            pieces.append(view if count == self._chunk_rows else view[source : source + count])
-        self.n_reads += len(pieces)
-        if pieces:
-            np.concatenate(pieces, out=out)
+            shard = self._shards.get(read.part) or self._shard(read.part)
+            end = begin + read.counts[0]
+            shard.copy(plane * self._chunks_a_plane + read.row_chunk, read.sources[0], out[begin:end])
+            begin = end
+        self.n_reads += len(reads)
 
     def _read_chunk(
         self,

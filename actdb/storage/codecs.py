@@ -44,9 +44,9 @@ def encode(values: npt.NDArray[np.generic], codec: str) -> tuple[Buffer, bytes]:
     return payload, crc32c(payload).to_bytes(CRC_BYTES, "little")
 
 
-def checksum_matches(stored: Buffer) -> bool:
+def checksum_matches(stored: Buffer, rest: bytes | bytearray = b"") -> bool:
     """Whether a stored chunk's CRC-32C suffix fits its payload; the CRC of both together is then a constant."""
-    return len(stored) >= CRC_BYTES and crc32c(stored) == CRC_RESIDUE
+    return len(stored) + len(rest) >= CRC_BYTES and crc32c(rest, crc32c(stored)) == CRC_RESIDUE
 
 
 def decode(stored: bytes, out: npt.NDArray[np.generic]) -> None:

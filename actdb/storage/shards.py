@@ -143,6 +143,7 @@ class ShardReader:
         self._index = self._read_index()
         self._map: npt.NDArray[np.uint8] | None = None
         self._views: dict[int, npt.NDArray[np.generic]] = {}
+        self._verified: set[int] = set()
 
     def __del__(self) -> None:
         descriptor = getattr(self, "_descriptor", None)
@@ -182,6 +183,32 @@ class ShardReader:
             view = self._map_chunk(chunk)
         return view
 
+    def copy(self, chunk: int, source: int, out: npt.NDArray[np.generic]) -> None:
+        """Copy rows of a raw chunk, from `source` on, into a C-contiguous array [row, …]; zeros of an absent chunk.
+
+        Read past the map: a map's pages, once the system has taken them back, cost more than the copy. A chunk that is
+        wanted whole is verified where it arrives, others at the first touch.
+        """
+        offset, size = self._extent(chunk)
+        if size == 0:
+            out[...] = 0
+            return
+        payload, crc = out.reshape(-1).view(np.uint8).data, bytearray(codecs.CRC_BYTES)
+        whole = len(payload) == self._chunk_bytes == size - codecs.CRC_BYTES
+        if not whole and chunk not in self._verified:
+            self.view(chunk)
+        start = offset + source * (self._chunk_bytes // self._spec.chunk_shape[self._spec.axis])
+        try:
+            n_read = os.preadv(self._descriptor, (payload, crc) if whole else (payload,), start)
+        except OSError as exc:
+            raise self._damage(f"chunk {chunk} cannot be read ({exc.strerror})") from exc
+        if n_read != len(payload) + whole * codecs.CRC_BYTES:
+            raise self._damage(f"chunk {chunk} is cut short")
+        if whole and chunk not in self._verified:
+            if not codecs.checksum_matches(payload, crc):
+                raise self._damage(f"chunk {chunk} does not match its checksum")
+            self._verified.add(chunk)
+
     def check(self, chunk: int) -> None:
         """Verify a chunk's checksum; one that is absent has none."""
         if self._extent(chunk)[1]:
@@ -191,7 +218,9 @@ class ShardReader:
         offset, size = self._extent(chunk)
         if size == 0:
             return None
-        self._stored(chunk)
+        if chunk not in self._verified:
+            self._stored(chunk)
+        self._verified.add(chunk)
         if size - codecs.CRC_BYTES != self._chunk_bytes:
             raise self._damage(f"chunk {chunk} has {size - codecs.CRC_BYTES} bytes instead of {self._chunk_bytes}")
         if self._map is None:
