@@ -21,9 +21,9 @@ def run(size: str, folder: Path) -> Table:
     """Return MiB above the model of each way and size."""
     n_batches, factors = SCALE[size]
     rows, peak = [], {}
-    for way in ("actdb", "run_with_cache"):
+    for way in ("actdb", "actdb, neuron statistics too", "run_with_cache"):
         for factor in factors if way == "actdb" or size != "full" else (1, 3):
-            peak[way, factor] = start(way, size, n_batches * factor, folder / f"{way}-{factor}")
+            peak[way, factor] = start(way, size, n_batches * factor, folder / f"{len(rows)}")
             rows.append((way, f"{factor}×", peak[way, factor]))
     large = peak["actdb", factors[-1]]
     goals = (
@@ -58,9 +58,10 @@ def measure(way: str, size: str, n_batches: int, out: Path) -> float:
     )
     forward(model, ids[0][:1, :8], torch.ones_like(ids[0][:1, :8]), unembed=True)
     before = resident_mb()
-    if way == "actdb":
+    if way.startswith("actdb"):
         prompts = [{"tokens": prompt.tolist()} for batch in ids for prompt in batch]
-        run_harvest(plan_harvest(model.module, prompts, Settings(sites=SITES)), out / "x.actdb")
+        stats = ("heads",) if way == "actdb" else ("heads", "neurons")
+        run_harvest(plan_harvest(model.module, prompts, Settings(sites=SITES, stats=stats)), out / "x.actdb")
     else:
         kept = [cached(model, batch) for batch in ids]
         assert len(kept) == n_batches

@@ -51,10 +51,29 @@ def run_harvest(harvest: Harvest, out: str | Path, *, progress: Callable[[Progre
     Raises `RunError` where the name is taken by another plan, and before anything is written `SpaceError` where the
     disk is too small, `OverflowingError` where `--store` is too narrow, and `SettingError` where a batch does not fit.
     """
-    if not Path(out, commits.RUNS, harvest.info.name, "run.json").exists():
-        _check_space(Path(out), harvest, range(harvest.info.n_parts))
+
+    def try_out() -> None:
         check_range(harvest)
         check_memory(harvest)
+
+    fill_run(harvest, out, partial(_compute, progress=progress), before=try_out)
+
+
+def fill_run(
+    harvest: Harvest,
+    out: str | Path,
+    compute: Callable[[Folder, Harvest, Sequence[int], set[int]], None],
+    *,
+    before: Callable[[], None] = lambda: None,
+) -> None:
+    """Claim a run and let `compute` write the parts that are missing or damaged (given as a set besides).
+
+    `before` is called before anything is written of a run that is not there yet. Raises `RunError` and `SpaceError` as
+    `run_harvest` does.
+    """
+    if not Path(out, commits.RUNS, harvest.info.name, "run.json").exists():
+        _check_space(Path(out), harvest, range(harvest.info.n_parts))
+        before()
     folder = Folder.create(out)
     folder.sweep()
     info = claim_run(folder, harvest)
@@ -62,7 +81,7 @@ def run_harvest(harvest: Harvest, out: str | Path, *, progress: Callable[[Progre
     pending = [*missing, *damaged]
     _check_space(folder.root, harvest, pending)
     if pending:
-        _compute(folder, replace(harvest, info=info), sorted(pending), set(damaged), progress)
+        compute(folder, replace(harvest, info=info), sorted(pending), set(damaged))
     folder.sweep()
 
 

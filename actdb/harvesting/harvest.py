@@ -88,7 +88,7 @@ def plan_harvest(
     )
     found = probe(model, settings.sites, layers=settings.layers)
     sites = _stored_sites(found, settings, n_ctx=int(tokens.lengths.max()))
-    return _make_plan(model, checked, tokens, found, sites, settings, tuple(hooks))
+    return make_plan(model, checked, tokens, found, sites, settings, tuple(hooks))
 
 
 def _stored_sites(found: Probe, settings: Settings, *, n_ctx: int) -> tuple[HarvestSite, ...]:
@@ -107,7 +107,7 @@ def _stored_sites(found: Probe, settings: Settings, *, n_ctx: int) -> tuple[Harv
     return tuple(sites)
 
 
-def _make_plan(
+def make_plan(
     model: Model,
     prompts: Prompts,
     tokens: Tokenised,
@@ -116,6 +116,7 @@ def _make_plan(
     settings: Settings,
     interventions: tuple[Intervention, ...],
 ) -> Harvest:
+    """Lay the arrays out and write down everything that decides the stored bytes."""
     store = settings.store or ("float16" if model.dtype in ("float32", "float16") else "float32")
     codecs.check_precision(settings.precision, store)
     batch_tokens = settings.batch_tokens or planning.BATCH_TOKENS.get(model.device.type, planning.BATCH_TOKENS["cuda"])

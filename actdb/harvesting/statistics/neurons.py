@@ -5,6 +5,7 @@ batches and parts (Chan, Golub, LeVeque 1979; Pébay 2008). The highest places o
 of all parts; ties go to the lower prompt, then the lower position.
 """
 
+import mmap
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from actdb.schema import N_TOP
 
 N_GROUPS = 64
 BLOCK_ROWS = 128
+ROOM = 4
 
 
 class Moments:
@@ -41,7 +43,7 @@ class Moments:
             m2 += squared.sum(0)
             m3 += squared.mul_(from_mean).sum(0)
             self.active += torch.gt(block, 0, out=from_mean).sum(0)  # ones and zeros: summing booleans is slower
-            self.max = torch.maximum(self.max, block.amax(0))
+            torch.maximum(self.max, block.amax(0).double(), out=self.max)
         self._merge(len(values), mean.double(), m2, m3)
 
     def _merge(self, count: int, mean: torch.Tensor, m2: torch.Tensor, m3: torch.Tensor) -> None:
@@ -58,35 +60,71 @@ class Highest:
     """Candidates for the `N_TOP` highest values of each neuron: all that reach a bound which rises with the batches.
 
     The N_TOP-th highest of the maxima of groups of rows is a lower bound of the N_TOP-th highest value, and few values
-    reach it: 20 a neuron of 2048 rows.
+    reach it: 20 a neuron of 2048 rows. They lie in arrays that are made once, and sorted out when these are full: small
+    arrays that live from batch to batch would split the heap between those of the model, which then grows.
     """
 
     def __init__(self) -> None:
         self._bound: torch.Tensor | None = None
-        self._found: list[tuple[torch.Tensor, ...]] = []
-        self._n_rows = self._width = 0
+        self._held: list[torch.Tensor] = []  # neuron, value, key
+        self._count = self._width = 0
 
+    @torch.inference_mode()
     def add(self, values: torch.Tensor, keys: torch.Tensor) -> None:
         """Take [row, neuron] values and the rows' keys [row]."""
         bound, n_groups = self._bound, min(N_GROUPS, len(values))
-        self._n_rows, self._width = self._n_rows + len(values), values.shape[1]
+        self._width = values.shape[1]
         if n_groups >= N_TOP:
             whole = len(values) // n_groups * n_groups
             maxima = values[:whole].unflatten(0, (n_groups, -1)).amax(1)  # [group, neuron]
             own = maxima.topk(N_TOP, dim=0).values[-1]
-            bound = self._bound = own if bound is None else torch.maximum(own, bound)
+            bound = self._bound = own.clone() if bound is None else torch.maximum(own, bound, out=bound)
         reaching = torch.ones_like(values, dtype=torch.bool) if bound is None else values >= bound
         flat = reaching.flatten().nonzero()[:, 0]
         row, neuron = flat // self._width, flat % self._width
-        self._found.append((neuron, values.flatten()[flat], keys[row]))
+        self._append(neuron, values.flatten()[flat], keys[row])
 
+    @torch.inference_mode()
     def sorted(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         """Return the highest values [neuron, rank], falling, and their keys; equal ones by the lower key."""
-        neuron, value, key = (torch.cat(columns).cpu().numpy() for columns in zip(*self._found, strict=True))
-        order = np.lexsort((key, -value, neuron))
-        starts = np.searchsorted(neuron[order], np.arange(self._width))
-        places = order[starts[:, None] + np.arange(min(N_TOP, self._n_rows))]
-        return value[places], key[places]
+        self._compact()
+        _, value, key = (column[: self._count].unflatten(0, (self._width, -1)).cpu().numpy() for column in self._held)
+        return value, key
+
+    def _append(self, *found: torch.Tensor) -> None:
+        n = len(found[0])
+        if self._held and self._count + n > len(self._held[0]):
+            self._compact()
+        if not self._held or self._count + n > len(self._held[0]):
+            capacity = max(ROOM * N_TOP * self._width, 2 * (self._count + n))
+            grown = [apart(capacity, column) for column in found]
+            for new, old in zip(grown, self._held, strict=False):
+                new[: self._count] = old[: self._count]
+            self._held = grown
+        for held, column in zip(self._held, found, strict=True):
+            held[self._count : self._count + n] = column
+        self._count += n
+
+    def _compact(self) -> None:
+        """Sort by neuron, falling value and key, and keep the highest of each neuron."""
+        columns = [column[: self._count] for column in self._held]
+        for place, descending in ((2, False), (1, True), (0, False)):
+            order = columns[place].argsort(dim=0, descending=descending, stable=True)
+            columns = [column[order] for column in columns]
+        neuron = columns[0]
+        starts = torch.searchsorted(neuron, torch.arange(self._width, device=neuron.device))
+        kept = torch.arange(len(neuron), device=neuron.device) - starts[neuron] < N_TOP
+        self._count = int(kept.sum())
+        for held, column in zip(self._held, columns, strict=True):
+            held[: self._count] = column[kept]
+
+
+def apart(size: int, like: torch.Tensor) -> torch.Tensor:
+    """Return an uninitialised array [size]; on a CPU in memory of its own, outside the heap."""
+    if like.device.type != "cpu":
+        return torch.empty(size, dtype=like.dtype, device=like.device)
+    memory = mmap.mmap(-1, size * like.element_size())
+    return torch.frombuffer(memory, dtype=like.dtype)
 
 
 class NeuronStatistics:
@@ -104,7 +142,9 @@ class NeuronStatistics:
 
             def on_neurons(tensor: torch.Tensor, layer: int = layer) -> None:
                 rows = batch.rows(tensor).to(torch.float32)
-                self._moments.setdefault(layer, Moments(rows)).add(rows)
+                if layer not in self._moments:
+                    self._moments[layer] = Moments(rows)
+                self._moments[layer].add(rows)
                 self._highest[layer].add(rows, batch.keys)
 
             hooks.append((point, on_neurons))
