@@ -165,3 +165,12 @@ def test_triangles_by_rows_and_by_gathering(leading: np.ndarray, n: int) -> None
     joined = join_triangles(square)
     assert torch.equal(joined, gather_triangles(square, query * n + key))
     assert np.array_equal(joined.numpy(), square.numpy()[..., *np.tril_indices(n)])
+
+
+def test_hooks_leave_nothing_behind(tmp_path: Path) -> None:
+    """After a harvest no hook point keeps a hook: each would keep a part's statistics and writers alive."""
+    model = TinyModel()
+    actdb.harvest(model, PROMPTS, tmp_path / "x", **PLAN)
+    points = [module for module in model.modules() if hasattr(module, "fwd_hooks")]
+    assert len(points) > 10
+    assert not [point for point in points if point.fwd_hooks or point._forward_hooks]

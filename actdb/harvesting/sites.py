@@ -151,7 +151,13 @@ def _as_site(
 def attach(stack: ExitStack, point: HookPoint, function: Any) -> None:
     """Add a hook to a point for as long as the stack is open."""
     handle: Any = point.add_hook(function)
-    stack.callback(lambda: getattr(handle, "hook", handle).remove())
+
+    def detach() -> None:
+        getattr(handle, "hook", handle).remove()
+        if hasattr(point, "fwd_hooks"):  # a list of its own, which would keep alive all that the function holds
+            point.fwd_hooks = [held for held in point.fwd_hooks if held is not handle]
+
+    stack.callback(detach)
 
 
 def forward(model: Model, ids: torch.Tensor, mask: torch.Tensor | None, *, unembed: bool) -> Any:
