@@ -4,9 +4,12 @@
 arrays. Importing this package imports neither torch nor zarr nor duckdb; each is imported when it is first needed.
 """
 
-from actdb.database import Database, harvest, open, save_model
+from typing import TYPE_CHECKING
+
+from actdb.database import Database, harvest, hooked, open, save_model
 from actdb.errors import (
     ActdbError,
+    ActivationsError,
     DamageError,
     DatabaseError,
     ModelError,
@@ -18,8 +21,10 @@ from actdb.errors import (
     SiteError,
     SpaceError,
     SqlError,
+    StaleIndexError,
     WriteError,
 )
+from actdb.interchange import import_activations
 from actdb.run import Run
 from actdb.selection.streams import Block
 from actdb.selection.view import Selection
@@ -27,6 +32,7 @@ from actdb.version import __version__
 
 __all__ = [
     "ActdbError",
+    "ActivationsError",
     "Block",
     "DamageError",
     "Database",
@@ -42,9 +48,24 @@ __all__ = [
     "SiteError",
     "SpaceError",
     "SqlError",
+    "StaleIndexError",
     "WriteError",
     "__version__",
     "harvest",
+    "hooked",
+    "import_activations",
     "open",
     "save_model",
 ]
+
+if TYPE_CHECKING:
+    from actdb import plots as plots
+else:
+
+    def __getattr__(name: str) -> object:
+        """Import `actdb.plots` when it is first asked for: `import actdb` stays fast."""
+        if name == "plots":
+            from importlib import import_module
+
+            return import_module("actdb.plots")
+        raise AttributeError(f"module 'actdb' has no attribute {name!r}")

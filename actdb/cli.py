@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from actdb.commands import compare, interchange, neighbor, neuron, plot, statistic
+from actdb.commands.option import DATABASE, RUN, Integers, WorkerType, comma_separated, selection_options
 from actdb.errors import ActdbError
 from actdb.output import emit, output_options
 from actdb.version import __version__
 
 if TYPE_CHECKING:
     from actdb.database import Database
-
-DATABASE = click.argument("database", type=click.Path(path_type=Path))
-RUN = click.option("--run", metavar="NAME", help="The run; default: the only or newest one.")
 
 
 class Group(click.Group):
@@ -58,68 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-class Integers(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
-    """Layers and the like: `3`, `0,5,7`, or `0-5`."""
-
-    name = "ints"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return a tuple of numbers."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            numbers: list[int] = []
-            for word in str(value).split(","):
-                first, dash, last = word.strip().partition("-")
-                numbers += range(int(first), int(last) + 1) if dash else [int(first)]
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers such as 3 or 0,5,7 or 0-5", param, ctx)
-        return tuple(numbers)
-
-
-class IndexType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
-    """An index: `3` or `-1` drops the axis, `0,2,5` and `0:6` keep it."""
-
-    name = "index"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return an int, a slice or a list of ints."""
-        if not isinstance(value, str):
-            return value
-        try:
-            if ":" in value:
-                return slice(*(int(word) if word.strip() else None for word in value.split(":")))
-            if "," in value:
-                return [int(word) for word in value.split(",")]
-            return int(value)
-        except (TypeError, ValueError):
-            self.fail(
-                f"{value!r} is not an index: give a number, a list such as 0,2,5 or a range such as 0:6", param, ctx
-            )
-
-
-class WorkerType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
-    """A worker's share: `I/N`."""
-
-    name = "I/N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return (I, N)."""
-        try:
-            index, _, number = str(value).partition("/")
-            return int(index), int(number)
-        except ValueError:
-            self.fail(f"{value!r} is not of the form I/N, such as 0/2", param, ctx)
-
-
-def comma_separated(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    """Split a comma-separated option; "none" is the empty list."""
-    if value is None:
-        return None
-    names = tuple(name.strip() for name in value.split(",") if name.strip())
-    return () if names == ("none",) else names
-
-
 @cli.command(context_settings={"show_default": True})
 @click.argument("model")
 @click.argument("prompts", type=click.Path(path_type=Path))
@@ -149,8 +86,8 @@ def comma_separated(_: click.Context, __: click.Parameter, value: str | None) ->
 @click.option(
     "--stats",
     callback=comma_separated,
-    metavar="heads|none",
-    help="Statistics to compute; default: heads where the model has attention.",
+    metavar="A,B|none",
+    help="Statistics: heads, neurons, tokens, lens; default: heads, and neurons where mlp_post is stored.",
 )
 @click.option("--dtype", metavar="float32|float16|bfloat16", help="What the model computes in; default: float32.")
 @click.option("--store", metavar="float16|float32", help="What is kept; default: float16, float32 for bfloat16 models.")
@@ -266,12 +203,7 @@ def sql(database: Path, query: str | None, schema: bool, format: str | None, out
 @DATABASE
 @click.argument("site")
 @RUN
-@click.option("--layer", type=IndexType(), help="Layer number; 0:6 or 0,2,5 for several.")
-@click.option("--head", type=IndexType(), help="Head; the kv head for k and v.")
-@click.option("--neuron", type=IndexType(), help="Place on the last axis.")
-@click.option("--prompt", type=IndexType(), help="Prompt id.")
-@click.option("--pos", type=IndexType(), help="Position; -1 is each prompt's last.")
-@click.option("--where", metavar="SQL", help="Condition over labels and run_prompts, such as \"category = 'animals'\".")
+@selection_options
 @click.option("--pad", is_flag=True, help="Patterns of several prompts as one array, NaN beyond each.")
 @click.option(
     "-o",
@@ -346,6 +278,17 @@ def demo(out: Path, picture: Path) -> None:
     from actdb.demo.show import show_demo
 
     show_demo(out, picture, say=lambda line: click.echo(line, err=True), emit=_emit_table)
+
+
+cli.add_command(neuron.top)
+cli.add_command(neuron.transpose)
+cli.add_command(neighbor.index)
+cli.add_command(neighbor.nearest)
+cli.add_command(statistic.stats)
+cli.add_command(compare.compare)
+cli.add_command(interchange.export)
+cli.add_command(interchange.import_)
+cli.add_command(plot.plot)
 
 
 def _emit_table(columns: Sequence[str], rows: Any) -> None:

@@ -7,11 +7,13 @@
     ├── SiteError        (LookupError)       no such site in the run or the model
     ├── SelectionError   (IndexError)        a layer, head, prompt or position out of range
     ├── PromptError      (ValueError)        a prompts file or a prompt that cannot be used
+    ├── ActivationsError (ValueError)        a file of activations that cannot be imported
     ├── ModelError       (ValueError)        a model that cannot be loaded or harvested as asked
     ├── SettingError     (ValueError)        a setting that does not fit the others
     ├── OverflowingError (OverflowError)     a value that the stored dtype cannot hold
     ├── SpaceError       (OSError)           the disk is full, or would be
     ├── WriteError       (PermissionError)   a database or folder that cannot be written
+    ├── StaleIndexError  (ValueError)        an index of neighbours that does not fit the run any more
     └── SqlError         (ValueError)        a query that failed or was refused
 
 Each also inherits the builtin in brackets, so that callers may catch either. Messages are one line: what failed, with
@@ -47,6 +49,10 @@ class PromptError(ActdbError, ValueError):
     """A prompts file, or a prompt in it, that cannot be used."""
 
 
+class ActivationsError(ActdbError, ValueError):
+    """A file of activations, or a tensor in it, that cannot be imported."""
+
+
 class ModelError(ActdbError, ValueError):
     """A model that cannot be loaded, or not harvested as asked."""
 
@@ -69,3 +75,7 @@ class WriteError(ActdbError, PermissionError):
 
 class SqlError(ActdbError, ValueError):
     """A query that DuckDB rejected, or that actdb refuses to run."""
+
+
+class StaleIndexError(ActdbError, ValueError):
+    """An index of neighbours that does not fit the run any more: it has grown, or was harvested anew."""

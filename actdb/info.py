@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actdb.errors import DamageError, SettingError
+from actdb.neighbors.index import list_records
 from actdb.storage import commits
 from actdb.storage.folder import temporary_path, write_error
 
@@ -19,8 +20,9 @@ SUFFIXES = (".npy", ".npz", ".safetensors")
 
 
 def run_rows(db: "Database") -> tuple[list[str], list[tuple[Any, ...]]]:
-    """Return the columns and one row a run: model, status, sizes, and how many bytes before and after encoding."""
+    """Return the columns and one row a run: model, status, sizes, bytes before and after encoding, indexes."""
     columns = ["run", "model", "step", "status", "prompts", "tokens", "layers", "sites", "raw_bytes", "stored_bytes"]
+    columns.append("indexes")
     rows: list[tuple[Any, ...]] = []
     for run in db.runs():
         info, parts = run.info, db.snapshot.runs[run.name].parts
@@ -34,9 +36,11 @@ def run_rows(db: "Database") -> tuple[list[str], list[tuple[Any, ...]]]:
             stored += sum(record.stored_bytes for record in commit.files)
         status = run.status if run.status == "complete" else f"partial ({len(parts)} of {info.n_parts} parts)"
         sites = ",".join(run.sites) or "statistics only"
+        records = [record for _, record in list_records(db.snapshot.folder, run.name)]
+        indexes = "; ".join(str(record) for record in records if not isinstance(record, DamageError)) or None
         rows.append(
             (run.name, info.model["model"], run.step, status, info.n_prompts, info.plan.get("n_tokens"),
-             len(run.layers), sites, raw, stored)
+             len(run.layers), sites, raw, stored, indexes)
         )  # fmt: skip
     return columns, rows
 

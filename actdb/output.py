@@ -254,7 +254,7 @@ def _write_table(columns: Sequence[str], rows: Sequence[Row], file: IO[str], *, 
     right = right or [False] * len(columns)
     names = [_escaped(name) for name in columns]
     widths = [
-        min(LONGEST_CELL if width is None else width, max(map(_width, cells), default=0))
+        min(LONGEST_CELL if width is None else width, max(map(text_width, cells), default=0))
         for cells in zip(names, *texts, strict=True)
     ]
     widths = widths if width is None else _fitted(widths, width)
@@ -306,23 +306,23 @@ def _escaped(text: str) -> str:
 
 def _aligned(text: str, width: int, *, right: bool) -> str:
     text = _cut(text, width)
-    padding = " " * (width - _width(text))
+    padding = " " * (width - text_width(text))
     return padding + text if right else text + padding
 
 
 def _cut(text: str, width: int) -> str:
-    if _width(text) <= width:
+    if text_width(text) <= width:
         return text
     kept, used = io.StringIO(), 1
     for character in text:
-        used += _width(character)
+        used += text_width(character)
         if used > width:
             break
         kept.write(character)
     return kept.getvalue() + "…"
 
 
-def _width(text: str) -> int:
+def text_width(text: str) -> int:
     """Return the terminal columns that a text takes: wide characters two, combining ones none."""
     if text.isascii():
         return len(text)

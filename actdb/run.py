@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ from actdb.storage.folder import Folder
 if TYPE_CHECKING:
     import pyarrow as pa
     import torch
+    import xarray
+    from transformer_lens import ActivationCache
 
 WEIGHT_GROUPS = ("", "embed.", "pos_embed.", "unembed.", "ln_final.")
 LAYER_GROUPS = ("", "attn.", "mlp.")
@@ -43,6 +45,16 @@ class Run:
     def info(self) -> RunInfo:
         """What was planned and under which configuration."""
         return self._snapshot.info
+
+    @property
+    def snapshot(self) -> RunSnapshot:
+        """The run and its committed parts, as seen when the database was opened or refreshed."""
+        return self._snapshot
+
+    @property
+    def prompt_index(self) -> PromptIndex:
+        """Where each prompt is stored: arrays by prompt_id."""
+        return self._prompts
 
     @property
     def step(self) -> int | None:
@@ -99,6 +111,14 @@ class Run:
         begin, end = self._token_starts[prompt : prompt + 2]
         return [str(text) for text in self._tokens["token"][begin:end]]
 
+    def prompt_ids(self, where: str | None = None) -> list[int]:
+        """Return the ids of the stored prompts, ascending: of all, or of those for which an SQL condition holds.
+
+        `where` is an expression over label columns and `run_prompts`, as for `sel`; raises `SqlError` for any other.
+        """
+        stored = self._prompts.stored
+        return [i for i in (range(len(stored)) if where is None else self._prompts_where(where)) if stored[i]]
+
     def vocabulary(self) -> dict[int, str]:
         """Return the text of each token id that the run's prompts hold. Costs one scan of its tokens."""
         texts = self._token_table().group_by("token_id").aggregate([("token", "min")]).drop_null()
@@ -135,6 +155,34 @@ class Run:
         import torch
 
         return torch.from_numpy(np.array(self.weight(name, layer=layer, head=head)))
+
+    def dataset(self) -> "xarray.Dataset":
+        """Return the run as a lazy xarray Dataset, a variable a site; reads nothing but the prompt table.
+
+        Variables keep the stored dtype and axes: [layer, head, row, feature] with the rows of the stored prompts in
+        prompt order, as `run[site].numpy()`, patterns packed [layer, head, entry], prompt-level sites [prompt_id,
+        feature]. An axis on which sites differ gets the site's name before it (`<site>_layer`). Coordinates: `layer`
+        (the model's numbers), `head`, `kv_head`; `prompt` and `pos` of each row; `entry_prompt`, `query` and `key` of
+        each entry; `n_tokens` and `label_<name>` of each `prompt_id`, null where it has none. Indexing reads the chunks
+        that hold the values and keeps nothing; `.load()` keeps. Raises `SettingError` where xarray is not installed.
+        """
+        from actdb.interchange.dataset import open_dataset
+
+        return open_dataset(self)
+
+    def activation_cache(
+        self, prompt: SupportsIndex | Sequence[int], *, model: Any = None, dtype: str | None = None
+    ) -> "ActivationCache":
+        """Return one prompt, or several of one length, as a TransformerLens `ActivationCache` that reads when asked.
+
+        Keys are hook names, tensors [batch, pos, …] as `run_with_cache` gives them, in the dtype that the model
+        computed in (or `dtype`), with the stored precision. A missing activation is a `KeyError` that lists the stored
+        sites. Methods that need weights (`stack_head_results`, `logit_attrs`) take those stored with the run, or
+        `model`, which any method that runs the model needs. Raises `SelectionError` for prompts of several lengths.
+        """
+        from actdb.interchange.cache import open_cache
+
+        return open_cache(self, prompt, model=model, dtype=dtype)
 
     def __repr__(self) -> str:
         return f"<Run {self.name!r} {self.status}, {self.n_prompts} prompts, sites {', '.join(self.sites) or 'none'}>"

@@ -25,6 +25,8 @@ SITE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 STORED_DTYPES = ("float16", "float32", "float64", "uint16", "uint32", "int64")
 HEAD_DIMS = ("head", "kv_head")
 SEAL = "crc32c"
+STATISTICS = ("heads", "neurons", "tokens", "lens")
+"""What `--stats` takes."""
 N_TOP = 16
 """Highest activations that are kept of each neuron."""
 

@@ -4,7 +4,9 @@ Applied to the residual stream of an earlier layer this is the logit lens (nosta
 lens", 2020); at the last layer it is the model's own output.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,14 +20,74 @@ Floats = npt.NDArray[np.float32]
 BLOCK_VALUES = 2**24
 """Logits held at once: 64 MiB."""
 USUAL_EPS = 1e-5
+READOUT_WEIGHTS = ("unembed.W_U", "unembed.b_U", "ln_final.w", "ln_final.b")
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Final norm and unembedding as arrays of NumPy or torch, in float32: W_U [d_model, d_vocab], and vectors or None.
+
+    logits = norm(x) W_U + b_U, where norm(x) = (x − mean x) / √(var x + ε) · w + b for a LayerNorm (`centres`),
+    x / √(mean x² + ε) · w for an RMSNorm, and x where the model has none (not `divides`).
+    """
+
+    matrix: Any
+    offset: Any
+    scale: Any
+    shift: Any
+    divides: bool
+    centres: bool
+    eps: float
+
+    @classmethod
+    def make(cls, weights: Mapping[str, Any], model: Mapping[str, Any]) -> "Readout":
+        """Take weights by TransformerLens name, and the columns of `models` that tell the kind of norm and its ε.
+
+        Without a record, a norm with a bias is taken for a LayerNorm, and ε for 10⁻⁵.
+        """
+        kind, scale, shift = str(model.get("normalization")), weights.get("ln_final.w"), weights.get("ln_final.b")
+        known = kind.startswith(("LN", "RMS"))
+        return cls(
+            matrix=weights["unembed.W_U"],
+            offset=weights.get("unembed.b_U"),
+            scale=scale,
+            shift=shift,
+            divides=known or scale is not None,
+            centres=kind.startswith("LN") if known else shift is not None,
+            eps=float(model.get("norm_eps") or USUAL_EPS),
+        )
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the vocabulary."""
+        return int(self.matrix.shape[1])
+
+    def size(self, residual: Any) -> Any:
+        """Return what the final norm divides residual vectors [row, d_model] by: [row, 1], or 1."""
+        if not self.divides:
+            return 1
+        return ((self.centred(residual) ** 2).mean(-1, keepdims=True) + self.eps) ** 0.5
+
+    def centred(self, vectors: Any) -> Any:
+        """Return vectors [row, d_model] less their means where the norm takes these off."""
+        return vectors - vectors.mean(-1, keepdims=True) if self.centres else vectors
+
+    def normalised(self, residual: Any) -> Any:
+        """Return the final norm of residual vectors [row, d_model]."""
+        if not self.divides:
+            return residual
+        normalised = self.centred(residual) / self.size(residual)
+        normalised = normalised if self.scale is None else normalised * self.scale
+        return normalised if self.shift is None else normalised + self.shift
+
+    def logits(self, residual: Any) -> Any:
+        """Return the logits [row, token] of residual vectors [row, d_model]."""
+        logits = self.normalised(residual) @ self.matrix
+        return logits if self.offset is None else logits + self.offset
 
 
 class Unembedding:
-    """The final norm and unembedding of a run, in float32.
-
-    logits = norm(x) W_U + b_U, where norm(x) = (x − mean x) / √(var x + ε) · w + b for a LayerNorm,
-    x / √(mean x² + ε) · w for an RMSNorm, and x where the model has none. Kind and ε are those recorded with the run;
-    without a record, a norm with a bias is taken for a LayerNorm, and ε for 10⁻⁵. Holds W_U in memory.
+    """The final norm and unembedding of a run, from the weights kept with it, in float32. Holds W_U in memory.
 
     Raises `SelectionError` where the run keeps no unembedding, and for models that look both ways, whose heads for
     masked tokens transform the vectors further.
@@ -35,33 +97,22 @@ class Unembedding:
         if not run.info.causal:
             raise SelectionError(f"run {run.name!r}: its model looks both ways; the logit lens is for causal models")
         names = run.weight_names()
-        self.matrix: Floats = np.ascontiguousarray(run.weight("W_U"), np.float32)
-        self.offset = _vector(run, "unembed.b_U", names)
-        self.scale = _vector(run, "ln_final.w", names)
-        self.shift = _vector(run, "ln_final.b", names)
-        kind = str(run.info.model.get("normalization"))
-        self.centres = kind.startswith("LN") if kind.startswith(("LN", "RMS")) else self.shift is not None
-        self.eps = float(run.info.model.get("norm_eps") or USUAL_EPS)
+        weights = {name: np.asarray(run.weight(name), np.float32) for name in READOUT_WEIGHTS if name in names}
+        weights["unembed.W_U"] = np.ascontiguousarray(run.weight("W_U"), np.float32)
+        self.readout = Readout.make(weights, run.info.model)
 
     @property
     def n_tokens(self) -> int:
         """Tokens of the vocabulary."""
-        return int(self.matrix.shape[1])
+        return self.readout.n_tokens
 
     def normalised(self, residual: Floats) -> Floats:
         """Return the final norm of residual vectors [row, d_model]."""
-        if self.scale is None:
-            return residual
-        if self.centres:
-            residual = residual - residual.mean(-1, keepdims=True)
-        size = np.sqrt((residual * residual).mean(-1, keepdims=True) + np.float32(self.eps))
-        scaled = residual / size * self.scale
-        return np.asarray(scaled if self.shift is None else scaled + self.shift, np.float32)
+        return np.asarray(self.readout.normalised(residual), np.float32)
 
     def logits(self, residual: Floats) -> Floats:
         """Return the logits [row, token] of residual vectors [row, d_model]."""
-        logits = self.normalised(residual) @ self.matrix
-        return logits if self.offset is None else logits + self.offset
+        return np.asarray(self.readout.logits(residual), np.float32)
 
     def top(self, residual: Floats, k: int) -> tuple[npt.NDArray[np.int32], Floats, Floats]:
         """Return the `k` likeliest tokens of residual vectors: ids, logits and probabilities [row, k], falling.
@@ -81,10 +132,6 @@ class Unembedding:
             np.exp(block, out=block)
             probabilities[rows] = np.take_along_axis(block, found, 1) / block.sum(1, keepdims=True)
         return ids, logits, probabilities
-
-
-def _vector(run: "Run", name: str, names: tuple[str, ...]) -> Floats | None:
-    return np.asarray(run.weight(name), np.float32) if name in names else None
 
 
 def _every(block: Floats) -> npt.NDArray[np.int64]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from benchmarks.harness import SIZES, Goal, Table, cell, machine
 
 CLAIMS = (
-    *("harvest", "profile", "write", "slices", "scans", "stream", "volume", "sql", "functions"),
-    *("memory", "growth", "writer", "startup", "gpu"),
+    *("harvest", "profile", "write", "slices", "scans", "stream", "volume", "sql", "functions", "neurons"),
+    *("neighbors", "indexes", "memory", "growth", "writer", "startup", "gpu"),
 )
 LIMIT_S = 900
 TABLES = "tables"

@@ -31,6 +31,7 @@ PACKAGES = (
         "numcodecs",
     ),
     *("duckdb", "pandas", "pyarrow", "pylance", "datasets", "nnsight", "torchlens"),
+    *("faiss-cpu", "scikit-learn", "hnswlib", "usearch"),
 )
 
 

@@ -6,6 +6,7 @@ Run as a program it forks harvests of the module on demand; see `serve`.
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from actdb.schema import RunInfo, SiteSpec, digest
 from actdb.storage import commits, verify
 from actdb.storage.folder import Folder
 from actdb.storage.shards import ShardWriter
+
+PLAN = {"part_tokens": 30, "batch_tokens": 24}
+"""Harvests of several small parts."""
 
 
 class Attention(nn.Module):
@@ -282,13 +286,48 @@ def _random(generator: np.random.Generator, spec: SiteSpec, n: int) -> npt.NDArr
     return generator.standard_normal(shape).astype(spec.dtype)
 
 
+class Server:
+    """A process that has everything slow to import loaded, and forks harvests and imports on demand; see `serve`."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def start(self, out: Path, **order: Any) -> int:
+        """Start a harvest, or with `path` an import, and return its process id."""
+        return self._ask({"out": str(out), **order})
+
+    def wait(self, pid: int) -> int:
+        """Return the exit status of a harvest once it has ended."""
+        return self._ask({"wait": pid})
+
+    def harvest(self, out: Path, **order: Any) -> int:
+        """Harvest and return the exit status."""
+        return self.wait(self.start(out, **order))
+
+    def close(self) -> int:
+        """End the process and return its exit status."""
+        self._process.communicate(timeout=30)
+        return self._process.returncode
+
+    def _ask(self, order: dict[str, Any]) -> int:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+
 def serve() -> None:
     """Fork a child for each line `{"out": …, "run": …}` on stdin, which harvests and exits; prints its process id.
 
-    A line `{"wait": id}` prints the child's exit status, negative after a signal. Everything slow to import is loaded
-    once for hundreds of harvests; since this process runs no model and starts no thread, forking it is safe.
+    With `path` and `prompts` it imports that file instead. A line `{"wait": id}` prints the child's exit status,
+    negative after a signal. Everything slow to import is loaded once for hundreds of harvests; since this process runs
+    no model and starts no thread, forking it is safe.
     """
-    for name in ("actdb.harvesting.execution", "safetensors.torch", "zarr.codecs", "zarr.storage"):
+    slow = ("actdb.harvesting.execution", "actdb.interchange.importing", "safetensors.torch", "zarr.codecs")
+    for name in (*slow, "zarr.storage"):
         import_module(name)
     torch.set_num_threads(1)
     for line in sys.stdin:
@@ -302,11 +341,14 @@ def serve() -> None:
 
 
 def _harvest(order: dict[str, Any]) -> int:
-    """Harvest as ordered; `kill_at` is the number of the file operation before which the process kills itself."""
+    """Harvest or import as ordered; `kill_at` is the file operation before which the process kills itself."""
     if (kill_at := order.pop("kill_at", None)) is not None:
         _kill_before(kill_at)
     try:
-        actdb.harvest(TinyModel(), random_prompts(order.pop("n_prompts", 24)), order.pop("out"), **order)
+        if "path" in order:
+            actdb.import_activations(**order)
+        else:
+            actdb.harvest(TinyModel(), random_prompts(order.pop("n_prompts", 24)), **{**PLAN, **order})
     except actdb.ActdbError as exc:
         print(f"{type(exc).__name__}: {exc}", file=sys.stderr, flush=True)
         return 1

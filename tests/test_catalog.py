@@ -875,7 +875,7 @@ def test_unusable_queries(query: str, message: str) -> None:
         ('SELECT run FROM runs WHERE status = "xyz"', 'no column "xyz" .*texts stand in single quotes'),
         ("FROM head_stat", 'no table "head_stat"; did you mean "head_stats"\\?'),
         ("FROM head_stats_labeled", 'no table "head_stats_labeled"; did you mean "head_stats_labelled"\\?'),
-        ("FROM zzzz", 'no table "zzzz"; there are head_roles, head_stats, .*, tokens'),
+        ("FROM zzzz", 'no table "zzzz"; there are head_attribution, head_changes, .*, tokens'),
         ("SELECT x.entropy FROM head_stats h", 'no alias "x"; the query.s tables are h'),
         ("SELECT medan(entropy) FROM head_stats", 'no function "medan"; did you mean "median"\\?'),
         ("FROM rnge(3)", 'no function "rnge"; did you mean "range"\\?'),

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hooked import TinyModel, files_of, random_prompts
+from hooked import PLAN, Server, TinyModel, files_of, random_prompts
 
 import actdb
 from actdb.harvesting import pipeline
@@ -26,44 +26,15 @@ from actdb.schema import SiteSpec
 from actdb.storage.folder import Folder, temporary_path
 from actdb.storage.shards import ShardReader
 
-HOOKED = Path(__file__).parent / "hooked.py"
-PLAN = {"part_tokens": 30, "batch_tokens": 24}
 N_KILLS = 50
-
-
-class Server:
-    """Harvests in forked children; see `hooked.serve`."""
-
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        self._process = process
-
-    def start(self, out: Path, **order: Any) -> int:
-        """Start a harvest and return its process id."""
-        return self._ask({"out": str(out), **PLAN, **order})
-
-    def wait(self, pid: int) -> int:
-        """Return the exit status of a harvest once it has ended."""
-        return self._ask({"wait": pid})
-
-    def harvest(self, out: Path, **order: Any) -> int:
-        """Harvest and return the exit status."""
-        return self.wait(self.start(out, **order))
-
-    def _ask(self, order: dict[str, Any]) -> int:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """One process that has torch loaded and forks a harvest on demand."""
-    process = subprocess.Popen([sys.executable, str(HOOKED)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    yield Server(process)
-    process.communicate(timeout=30)
-    assert process.returncode == 0
+    """One process for all harvests that are killed."""
+    server = Server()
+    yield server
+    assert server.close() == 0
 
 
 def check_partial(out: Path, *, sql: bool = True) -> int:

@@ -94,7 +94,7 @@ def test_schema(session: Session) -> None:
     out, _ = session(".schema head_stats;\r" + END)
     assert "entropy" in out
     assert "models:" not in out
-    assert out.endswith("result_norm     FLOAT\n")
+    assert out.endswith("direct_logit_attribution  FLOAT\n")
     assert 'no table "nope""' in session('.schema nope";\r' + END)[1]
     assert session(".schema attention\r" + END)[0].startswith("attention(layer BIGINT, head BIGINT")
 

@@ -6,6 +6,7 @@ where the folder cannot be written. Connections given out read it with DuckDB's 
 and no view that a hostile catalog may hold, reads or writes a file.
 """
 
+from actdb.catalog.comparison import compare_runs
 from actdb.catalog.connection import check_catalog, connect, cursor, discard
 from actdb.catalog.documentation import SIGNATURES, schema_text
 from actdb.catalog.functions import add_functions
@@ -23,6 +24,7 @@ __all__ = [
     "check_catalog",
     "check_select",
     "check_table_name",
+    "compare_runs",
     "connect",
     "cursor",
     "discard",

@@ -23,7 +23,7 @@ from actdb.catalog.tables import BUILT_IN, PART_TABLES, SCHEMA, Table
 from actdb.catalog.views import VIEWS
 from actdb.errors import DamageError
 from actdb.schema import N_TOP, Commit, FileRecord, SiteSpec, digest
-from actdb.storage.commits import RUNS, TABLES, RunSnapshot, Snapshot, read_commit, table_name
+from actdb.storage.commits import RUNS, TABLES, RunSnapshot, Snapshot, read_commit, read_statistics, table_name
 from actdb.storage.folder import Folder
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ _FILES = (
     " JOIN (SELECT unnest($files) AS _file, unnest($owners) AS owner) s USING (_file)"
 )
 Items = frozenset[tuple[str, str, str]]
-"""What a catalog is made from: (run, name, plan hash), (part, run, number) and (table, name, file)."""
+"""What a catalog is made from: (run, name, plan hash), (part, run, number), (statistic, run, part.statistic) and
+(table, name, file)."""
 
 
 def read_items(connection: "duckdb.DuckDBPyConnection") -> Items:
@@ -60,7 +61,19 @@ def snapshot_items(snapshot: Snapshot) -> Items:
     runs = [("run", name, run.info.plan_hash) for name, run in snapshot.runs.items()]
     parts = [("part", name, str(part)) for name, run in snapshot.runs.items() for part in run.parts]
     tables = [("table", name, file) for name, files in _user_files(snapshot).items() for file in files]
-    return frozenset(runs + parts + tables)
+    later = [("statistic", name, f"{part}.{kind}") for name, part, kind in _later(snapshot)]
+    return frozenset(runs + parts + later + tables)
+
+
+def _later(snapshot: Snapshot) -> list[tuple[str, int, str]]:
+    """Return (run, part, statistic) of what was computed from the stored arrays of committed parts."""
+    return [
+        (name, part, kind)
+        for name, run in snapshot.runs.items()
+        for kind, parts in run.later.items()
+        for part in parts
+        if part in run.parts
+    ]
 
 
 def _user_files(snapshot: Snapshot) -> dict[str, list[str]]:
@@ -83,7 +96,9 @@ class Builder:
         files = [f"{RUNS}/{run}/prompts.parquet" for run in self._prompt_sets().values()]
         for run, part in self._new_parts():
             files += [f"{RUNS}/{run}/{name}.parquet" for name in ("prompts", "tokens")]
-            files += [table_name(run, part, table.name) for table in _part_tables(self.snapshot.runs[run])]
+            files += [table_name(run, part, table.name) for table in _part_tables(self.snapshot.runs[run].harvested)]
+        for run, part, kind in self._new_statistics():
+            files += [table_name(run, part, table.name) for table in _part_tables((kind,))]
         for name, found in _user_files(self.snapshot).items():
             files += [f"{TABLES}/{name}/{file}" for file in found]
         return [inside(file) for file in dict.fromkeys(files)]
@@ -102,6 +117,7 @@ class Builder:
         self._fill_sites(commits)
         self._fill_prompts()
         self._fill_rows(commits)
+        self._fill_statistics(commits)
         self._fill_user_tables()
         self._make_views()
         self._insert("internal.items", ("VARCHAR",) * 3, sorted(snapshot_items(self.snapshot) - self.stored))
@@ -152,6 +168,10 @@ class Builder:
     def _new_parts(self) -> list[tuple[str, int]]:
         parts = {("part", name, str(part)): part for name, run in self.snapshot.runs.items() for part in run.parts}
         return sorted((key[1], part) for key, part in parts.items() if key not in self.stored)
+
+    def _new_statistics(self) -> list[tuple[str, int, str]]:
+        found = _later(self.snapshot)
+        return sorted(key for key in found if ("statistic", key[0], f"{key[1]}.{key[2]}") not in self.stored)
 
     def _prompt_sets(self) -> dict[str, str]:
         """Return each prompt set's first run, of those with a committed part: others may have no prompts file yet."""
@@ -238,7 +258,7 @@ class Builder:
         self._load(query, {path: s for s, path in paths.items()})
 
     def _fill_rows(self, commits: Mapping[tuple[str, int], Commit]) -> None:
-        """Add the prompts, tokens and statistics of new parts, each table's files in one statement."""
+        """Add the prompts and tokens of new parts, each table's files in one statement."""
         self.connection.execute("CREATE OR REPLACE TEMP TABLE fresh (run VARCHAR, part INTEGER)")
         self._insert("temp.fresh", ("VARCHAR", "INTEGER"), commits)
         runs = list(dict.fromkeys(run for run, _ in commits))
@@ -253,20 +273,40 @@ class Builder:
             "ON f.run = s.owner AND f.prompt_id = t.prompt_id",
             {self._run_file(run, "tokens"): run for run in runs},
         )
+        self.connection.execute("DROP TABLE temp.fresh")
+
+    def _fill_statistics(self, commits: Mapping[tuple[str, int], Commit]) -> None:
+        """Add the statistics of new parts, and those computed since, each table's files in one statement."""
+        new = [(run, commit, self.snapshot.runs[run].harvested) for (run, _), commit in commits.items()]
+        for run, part, kind in self._new_statistics():
+            new.append((run, read_statistics(self.snapshot.folder, run, part, kind), (kind,)))
         files: dict[str, dict[str, str]] = {}
-        for (run, part), commit in commits.items():
-            for table in _part_tables(self.snapshot.runs[run]):
-                path = self._checked(table_name(run, part, table.name), commit.files)
+        for run, commit, kinds in new:
+            for table in _part_tables(kinds):
+                path = self._checked(table_name(run, commit.part, table.name), commit.files)
                 files.setdefault(table.name, {})[path] = run
         for name, owners in files.items():
             self._load(f"INSERT INTO {name} SELECT {_selected(name)} FROM {_FILES}", owners)
         if "neuron_top" in files:
-            self._compact_top()
-        self.connection.execute("DROP TABLE temp.fresh")
+            self._compact_top({run for run, _, kinds in new if "neurons" in kinds})
+        if {"head_stats", "head_attribution"} & {*files}:
+            self._attribute_heads({run for run, _, kinds in new if {"heads", "lens"} & {*kinds}})
+        self._replace("statistics", _statistics_rows(self.snapshot))
 
-    def _compact_top(self) -> None:
+    def _attribute_heads(self, runs: Iterable[str]) -> None:
+        """Fill the direct logit attribution of heads in where both tables have them."""
+        self.connection.execute(
+            "UPDATE head_stats h SET direct_logit_attribution = a.value FROM head_attribution a"
+            " WHERE h.run IN (SELECT unnest($runs::VARCHAR[])) AND h.direct_logit_attribution IS NULL"
+            " AND (h.run, h.prompt_id, h.layer, h.head) = (a.run, a.prompt_id, a.layer, a.head)",
+            {"runs": sorted(runs)},
+        )
+
+    def _compact_top(self, runs: Iterable[str]) -> None:
         """Keep the highest activations of each neuron over all parts of the runs that have new ones."""
-        fresh = "FROM neuron_top WHERE run IN (SELECT run FROM temp.fresh)"
+        self.connection.execute("CREATE OR REPLACE TEMP TABLE fresh_runs (run VARCHAR)")
+        self._insert("temp.fresh_runs", ("VARCHAR",), [(run,) for run in sorted(runs)])
+        fresh = "FROM neuron_top WHERE run IN (SELECT run FROM temp.fresh_runs)"
         self.connection.execute(
             "CREATE OR REPLACE TEMP TABLE highest AS SELECT run, layer, neuron, (row_number() OVER "
             "(PARTITION BY run, layer, neuron ORDER BY value DESC, prompt_id, pos) - 1)::INTEGER AS place, "
@@ -275,6 +315,7 @@ class Builder:
         self.connection.execute(f"DELETE {fresh}")
         self.connection.execute("INSERT INTO neuron_top SELECT * FROM temp.highest ORDER BY run, layer, neuron, place")
         self.connection.execute("DROP TABLE temp.highest")
+        self.connection.execute("DROP TABLE temp.fresh_runs")
 
     def _load(self, query: str, owners: Mapping[str, str]) -> None:
         """Run an INSERT from Parquet files; `owners` names each path's run or prompt set."""
@@ -311,10 +352,21 @@ class Builder:
         self.connection.execute(query)
 
 
-def _part_tables(run: RunSnapshot) -> list[Table]:
-    """Return the tables that each part of a run has a file of."""
-    statistics = run.info.plan.get("statistics")
-    return [table for table in PART_TABLES if isinstance(statistics, list | tuple) and table.statistic in statistics]
+def _part_tables(statistics: Sequence[str]) -> list[Table]:
+    """Return the tables that a part has a file of for these kinds of statistics."""
+    return [table for table in PART_TABLES if table.statistic in statistics]
+
+
+def _statistics_rows(snapshot: Snapshot) -> list[dict[str, Any]]:
+    rows = []
+    for name, run in snapshot.runs.items():
+        counts = {(kind, "activations"): len(run.parts) for kind in run.harvested}
+        counts |= {(kind, "stored"): len({*parts} & {*run.parts}) for kind, parts in run.later.items()}
+        rows += [
+            {"run": name, "statistic": kind, "computed_from": source, "n_parts": n}
+            for (kind, source), n in counts.items()
+        ]
+    return rows
 
 
 def _selected(table: str) -> str:

@@ -146,6 +146,7 @@ SCHEMA: tuple[Table, ...] = (
             max_weight FLOAT mean over all q of max_k w[q, k]
             z_norm FLOAT mean over all q of ‖z[q]‖₂, the head's output before W_O
             result_norm FLOAT mean over all q of ‖z[q] W_O‖₂, the head's output in the residual stream; may be null
+            direct_logit_attribution FLOAT to the next token, from head_attribution; null without lens statistics
         """),
         statistic="heads",
     ),
@@ -191,6 +192,45 @@ SCHEMA: tuple[Table, ...] = (
             rank INTEGER tokens with a higher logit than the next one, from 0; null at the last position
         """),
         statistic="tokens",
+    ),
+    Table(
+        "lens_stats",
+        "the logit lens: one row a run, prompt, layer and position; p_l = softmax(norm(resid_post) W_U + b_U)",
+        parse_columns("""
+            run VARCHAR runs.run
+            prompt_id INTEGER prompts.prompt_id
+            layer INTEGER layer whose residual stream is read out
+            pos INTEGER position; loss and rank speak of predicting pos + 1
+            kl FLOAT Σ p ln (p / p_l), p the last layer's: how far from the final prediction, nats
+            loss FLOAT −ln p_l of the next token, nats; null at the last position
+            entropy FLOAT −Σ p_l ln p_l, nats
+            rank INTEGER tokens with a higher logit than the next one, from 0; null at the last position
+            top_token_id INTEGER the likeliest token
+            top_probability FLOAT its probability
+        """),
+        statistic="lens",
+    ),
+    Table(
+        "head_attribution",
+        "direct logit attribution: one row a run, prompt, layer and head; also a column of head_stats",
+        parse_columns("""
+            run VARCHAR runs.run
+            prompt_id INTEGER prompts.prompt_id
+            layer INTEGER layer
+            head INTEGER query head
+            value FLOAT mean over q < n − 1 of z[q] W_O · centred(w ∘ (W_U[:, t[q + 1]] − mean W_U)) / σ[q]; may be null
+        """),
+        statistic="lens",
+    ),
+    Table(
+        "statistics",
+        "one row a run and kind of statistics: where its figures come from",
+        parse_columns("""
+            run VARCHAR runs.run
+            statistic VARCHAR heads, neurons, tokens or lens
+            computed_from VARCHAR activations (in the forward pass, before rounding) or stored (arrays read back)
+            n_parts INTEGER parts that have it
+        """),
     ),
     Table(
         "results",

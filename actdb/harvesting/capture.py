@@ -25,6 +25,7 @@ TORCH_DTYPES = {
     "int64": torch.int64,
 }
 KEY_STEP = 2**31
+NO_TOKEN = -1
 Intervention = tuple[str, Callable[[torch.Tensor, HookPoint], torch.Tensor | None]]
 
 
@@ -53,6 +54,13 @@ class PaddedBatch:
         rows = tensor.flatten(0, 1)
         return rows if self.tokens is None else rows.index_select(0, self.tokens)
 
+    def following(self) -> torch.Tensor:
+        """Return the token after each row [row], `NO_TOKEN` at the last position of a prompt."""
+        shifted = torch.full_like(self.ids, NO_TOKEN)
+        shifted[:, :-1] = self.ids[:, 1:]
+        shifted[torch.arange(len(self.ids), device=shifted.device), self.counts - 1] = NO_TOKEN
+        return self.rows(shifted)
+
     @property
     def n_tokens(self) -> int:
         """Tokens without pads."""
@@ -62,13 +70,14 @@ class PaddedBatch:
 def pad_batch(
     prompts: Sequence[npt.NDArray[np.int32]],
     *,
-    model: Model,
+    device: torch.device,
+    masked: bool,
     causal: bool,
     positions: str,
     packed: bool,
     prompt_ids: Sequence[int] | None = None,
 ) -> PaddedBatch:
-    """Pad prompts on the right and precompute what strips the pads again.
+    """Pad prompts on the right and precompute what strips the pads again; with a mask where `masked`.
 
     The pad token is the id 0: its value never matters, since later positions do not reach earlier ones in a causal
     model and are masked in others.
@@ -91,15 +100,15 @@ def pad_batch(
         packing = query * longest + key
 
     def send(tensor: torch.Tensor | None) -> Any:
-        if tensor is None or model.device.type != "cuda":
-            return None if tensor is None else tensor.to(model.device)
-        return tensor.pin_memory().to(model.device, non_blocking=True)  # from other memory the copy would wait
+        if tensor is None or device.type != "cuda":
+            return None if tensor is None else tensor.to(device)
+        return tensor.pin_memory().to(device, non_blocking=True)  # from other memory the copy would wait
 
     return PaddedBatch(
         ids=send(ids),
         lengths=lengths,
         counts=send(counts),
-        mask=send(inside.long()) if model.takes_mask else None,
+        mask=send(inside.long()) if masked else None,
         valid=send(valid),
         packing=send(packing),
         last_only=last_only,

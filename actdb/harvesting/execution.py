@@ -3,7 +3,7 @@
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,9 @@ from actdb.harvesting.harvest import Harvest
 from actdb.harvesting.pipeline import PartWriter, Writers, planned_parts
 from actdb.harvesting.sites import LOGITS, HarvestSite
 from actdb.harvesting.statistics import PartStatistic
-from actdb.harvesting.statistics.heads import HeadStatistics
-from actdb.harvesting.statistics.neurons import NeuronStatistics
-from actdb.harvesting.statistics.tokens import TokenStatistics
-from actdb.harvesting.trial import check_memory, check_range, make_batch
-from actdb.harvesting.weights import output_grams
+from actdb.harvesting.statistics.choice import Constants, Points, make_statistics
+from actdb.harvesting.trial import check_lens, check_memory, check_range, make_batch
+from actdb.harvesting.weights import model_readout, output_grams, output_weights
 from actdb.schema import Commit, RunInfo
 from actdb.storage import commits, verify
 from actdb.storage.folder import Folder, readable_bytes
@@ -54,6 +52,7 @@ def run_harvest(harvest: Harvest, out: str | Path, *, progress: Callable[[Progre
 
     def try_out() -> None:
         check_range(harvest)
+        check_lens(harvest)
         check_memory(harvest)
 
     fill_run(harvest, out, partial(_compute, progress=progress), before=try_out)
@@ -132,29 +131,22 @@ def _compute(
 ) -> None:
     """Compute parts one after the other; the writers work behind the model."""
     device, settings = harvest.model.device, harvest.settings
-    make_statistics = statistics_of(harvest)
+    new_statistics = statistics_of(harvest)
     tally = Tally(harvest, parts, progress)
     writers = Writers(lockstep=device.type == "cpu", pending_bytes=settings.buffer_mb * MEBIBYTE)
     handover = Handover(device, writers)
-    open_parts: list[PartWriter] = []
     try:
         for part in parts:
             writer = PartWriter(folder, harvest.info, part, writers, computed_dtype=harvest.model.dtype)
-            open_parts.append(writer)
-            statistics = make_statistics()
+            statistics = new_statistics()
             for planned_batch in harvest.layout.part_batches(part):
                 batch = make_batch(harvest, planned_batch.prompt_ids)
                 receive = partial(handover.append, writer)
                 _run_part_batch(harvest, batch, receive, statistics)
                 writers.settle()
                 tally.add(batch)
-
-            def committed(commit: Commit, writer: PartWriter = writer) -> None:
-                open_parts.remove(writer)
-                tally.commit(commit)
-
             handover.finish(
-                partial(writer.finish, partial(_tables, statistics), replace=part in damaged, done=committed)
+                partial(writer.finish, partial(_tables, statistics), replace=part in damaged, done=tally.commit)
             )
         handover.close()
         writers.close()
@@ -162,8 +154,6 @@ def _compute(
     except BaseException:
         handover.abort()
         writers.abort()
-        for writer in open_parts:
-            writer.abandon()
         raise
 
 
@@ -197,16 +187,21 @@ class Tally:
 
 def statistics_of(harvest: Harvest) -> Callable[[], list[PartStatistic]]:
     """Return what makes the statistics collectors of a part, with the constants of all parts computed once."""
-    wanted, probed = harvest.info.plan["statistics"], harvest.probe
-    grams: Mapping[int, torch.Tensor] = {}
-    if "heads" in wanted:
-        grams = output_grams(harvest.model, sorted({*probed.pattern_points, *probed.z_points}))
-    makers: dict[str, Callable[[], PartStatistic]] = {
-        "heads": lambda: HeadStatistics(probed.pattern_points, probed.z_points, grams),
-        "neurons": lambda: NeuronStatistics(probed.neuron_points),
-        "tokens": lambda: TokenStatistics(harvest.model.hook_points[LOGITS]),
-    }
-    return lambda: [makers[name]() for name in wanted]
+    wanted, probed, model = harvest.info.plan["statistics"], harvest.probe, harvest.model
+    headed = sorted({*probed.pattern_points, *probed.z_points})
+    constants = Constants(
+        grams=output_grams(model, headed) if "heads" in wanted else {},
+        outputs=output_weights(model, headed) if "lens" in wanted else {},
+        readout=model_readout(model) if "lens" in wanted else None,
+    )
+    points = Points(
+        patterns=probed.pattern_points,
+        z=probed.z_points,
+        neurons=probed.neuron_points,
+        residuals=probed.residual_points,
+        logits=model.hook_points.get(LOGITS),
+    )
+    return lambda: make_statistics(wanted, points, constants, probed.layers)
 
 
 def _tables(statistics: Sequence[PartStatistic]) -> dict[str, Any]:

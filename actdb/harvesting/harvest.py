@@ -17,6 +17,7 @@ from actdb.harvesting.models import Model, load_model, weights_sha256
 from actdb.harvesting.prompts import Prompts, Tokenised, has_start, read_prompts, tokenise
 from actdb.harvesting.settings import Settings
 from actdb.harvesting.sites import HarvestSite, Probe, probe
+from actdb.harvesting.weights import model_readout
 from actdb.schema import RunInfo, SiteSpec, digest
 from actdb.storage import codecs
 
@@ -24,6 +25,7 @@ LACKING = {
     "heads": "neither attention patterns nor z",
     "neurons": "no mlp_post of d_mlp neurons",
     "tokens": "no logits",
+    "lens": "no resid_post of every layer, no logits or no W_U",
 }
 TOP_SITES = ("pattern_value", "pattern_index")
 
@@ -139,7 +141,7 @@ def make_plan(
         "positions": settings.positions,
         "pattern": settings.pattern,
         "causal": found.causal,
-        "statistics": _statistics(found, settings),
+        "statistics": _statistics(model, found, settings),
         "batch_tokens": batch_tokens,
         "batches_sha256": digest([[batch.part, *batch.prompt_ids] for batch in layout.batches]),
         "sites": [spec.to_json() for spec in specs],
@@ -208,12 +210,13 @@ def _lay_out(
     return layout, tuple(specs)
 
 
-def _statistics(found: Probe, settings: Settings) -> list[str]:
+def _statistics(model: Model, found: Probe, settings: Settings) -> list[str]:
     """Return the statistics to compute: heads where the model has attention, neurons where `mlp_post` is harvested."""
     available = {
         "heads": bool(found.pattern_points or found.z_points),
         "neurons": bool(found.neuron_points),
         "tokens": found.has_logits,
+        "lens": bool(found.residual_points) and found.has_logits and found.causal and model_readout(model) is not None,
     }
     if settings.stats is None:
         usual = {"heads": True, "neurons": any(site.name == "mlp_post" for site in found.sites)}

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from actdb.errors import OverflowingError
 from actdb.schema import Commit, FileRecord, RunInfo, SiteSpec, SiteTally
 from actdb.storage import arrays, codecs, commits
-from actdb.storage.folder import Folder, file_record, temporary_path, write_error
+from actdb.storage.folder import Folder, temporary_path, write_error
 from actdb.storage.shards import ShardWriter
 
 PENDING_BYTES = 128 * 1024**2
@@ -182,6 +182,7 @@ class Writers:
         self._held: list[tuple[SiteShard, Sequence[Chunk]]] = []
         self._held_bytes = 0
         self._error: BaseException | None = None
+        self.open_parts: set[PartWriter] = set()
         self._pending = 0
         self._pending_parts = 0
         self._room = threading.Condition()
@@ -221,11 +222,13 @@ class Writers:
         self._raise()
 
     def abort(self) -> None:
-        """Stop the threads after what is under way."""
+        """Stop the threads after what is under way, and remove what was written of parts that are not committed."""
         self._held.clear()
         self._queue.put(None)
         self._thread.join()
         self._pool.shutdown()
+        while self.open_parts:
+            self.open_parts.pop().abandon()
 
     def _start(self, shard: SiteShard, chunks: Sequence[Chunk]) -> "Future[EncodedChunks]":
         size = sum(chunk.values.nbytes for chunk in chunks)
@@ -280,7 +283,9 @@ class PartFinish:
     done: Callable[[Commit], None]
 
     def __call__(self) -> None:
-        self.done(self.part.commit(self.table(), replace=self.replace))
+        commit = self.part.commit(self.table(), replace=self.replace)
+        self.part.writers.open_parts.discard(self.part)
+        self.done(commit)
 
 
 class PartWriter:
@@ -301,6 +306,7 @@ class PartWriter:
         except OSError as exc:
             self.abandon()
             raise write_error(exc, str(folder.root)) from exc
+        writers.open_parts.add(self)
 
     def append(self, site: str, layer_index: int, block: npt.NDArray[Any]) -> None:
         """Take one layer's block of a batch."""
@@ -321,7 +327,10 @@ class PartWriter:
         """Make every file durable under its final name, then the commit; `replace` a damaged commit."""
         try:
             files = [self._finish_shard(name, shard) for name, shard in self._shards.items()]
-            files += [self._write_table(name, table) for name, table in tables.items()]
+            files += [
+                commits.write_table(self._folder, self._info.name, self.part, name, table)
+                for name, table in tables.items()
+            ]
             commit = self._commit(tuple(files))
             name = commits.commit_name(self._info.name, self.part)
             if replace:
@@ -335,19 +344,6 @@ class PartWriter:
         record = shard.writer.finish(self._names[site])
         shard.stored_bytes = record.stored_bytes
         self._folder.adopt(shard.writer.path, record.path)
-        return record
-
-    def _write_table(self, table: str, content: Any) -> FileRecord:
-        import pyarrow.parquet as pq
-
-        name = commits.table_name(self._info.name, self.part, table)
-        self._folder.make_parent(name)
-        with self._folder.temporary(name) as path:
-            pq.write_table(content, path, compression="zstd")
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-            record = file_record(path, name)
-            self._folder.adopt(path, name)
         return record
 
     def _commit(self, files: tuple[FileRecord, ...]) -> Commit:

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from actdb.errors import SettingError
-from actdb.schema import check_run_name
+from actdb.schema import STATISTICS, check_run_name
 from actdb.storage.codecs import CODECS
 
 POSITIONS = ("all", "last")
 STORES = ("float16", "float32")
-STATISTICS = ("heads", "neurons", "tokens")
 TOP = re.compile(r"topk:([1-9]\d*)")
 
 

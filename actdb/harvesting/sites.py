@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -65,7 +65,10 @@ class HarvestSite:
 
 @dataclass(frozen=True)
 class Probe:
-    """What one forward pass of the whole model showed: its sites, and whether attention looks back only."""
+    """What one forward pass of the whole model showed: its sites, and whether attention looks back only.
+
+    The points are those that statistics look at, by layer; `residual_points` hold the last layer's besides.
+    """
 
     sites: tuple[HarvestSite, ...]
     causal: bool
@@ -74,6 +77,8 @@ class Probe:
     neuron_points: Mapping[int, HookPoint]
     has_logits: bool
     needs_unembed: bool
+    layers: tuple[int, ...] = ()
+    residual_points: Mapping[int, HookPoint] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,8 +111,11 @@ def probe(model: Model, names: Sequence[str] | None, *, layers: Sequence[int] | 
     z_points = _present(model, LAYER_SITES["z"], chosen)
     neurons = _points(model, "mlp_post", chosen)
     logits = _points(model, "logits", chosen)
+    with_last = tuple(sorted({*chosen, model.n_layers - 1}))
+    residuals = _points(model, "resid_post", with_last)
     every = {id(p): p for points in found.values() for p in points.values()}
-    every |= {id(p): p for p in (*patterns.values(), *z_points.values(), *neurons.values(), *logits.values())}
+    for points in (patterns, z_points, neurons, logits, residuals):
+        every |= {id(point): point for point in points.values()}
     seen, causal = _run(model, every, patterns)
     sites = []
     for name in wanted:
@@ -130,6 +138,8 @@ def probe(model: Model, names: Sequence[str] | None, *, layers: Sequence[int] | 
         neuron_points=_as_site(model, "mlp_post", neurons, chosen, seen),
         has_logits=bool(_as_site(model, "logits", logits, chosen, seen)),
         needs_unembed=late,
+        layers=chosen,
+        residual_points=_as_site(model, "resid_post", residuals, with_last, seen),
     )
 
 

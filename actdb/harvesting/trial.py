@@ -10,14 +10,19 @@ from actdb.errors import SettingError
 from actdb.harvesting.capture import PaddedBatch, pad_batch, run_batch, site_hooks
 from actdb.harvesting.harvest import Harvest
 from actdb.harvesting.pipeline import range_error
-from actdb.harvesting.sites import HarvestSite
+from actdb.harvesting.sites import LOGITS, HarvestSite
+from actdb.harvesting.weights import model_readout
+
+LENS_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+"""Share of the largest |ln p| by which a lens of the last layer may miss the model's own."""
 
 
 def make_batch(harvest: Harvest, prompt_ids: Sequence[int]) -> PaddedBatch:
     """Pad prompts as the harvest stores them."""
     return pad_batch(
         [harvest.tokens.prompt(prompt_id) for prompt_id in prompt_ids],
-        model=harvest.model,
+        device=harvest.model.device,
+        masked=harvest.model.takes_mask,
         causal=harvest.probe.causal,
         positions=harvest.settings.positions,
         packed=any(site.kind == "entry" for site in harvest.sites),
@@ -47,6 +52,28 @@ def check_range(harvest: Harvest) -> None:
         kept = [site for site in harvest.sites if site.transform is None]
         hooks = site_hooks(kept, batch, wide, check)
         run_batch(harvest.model, batch, hooks, interventions=harvest.interventions, unembed=harvest.needs_unembed)
+
+
+def check_lens(harvest: Harvest) -> None:
+    """Refuse lens statistics of a model that does more to its logits than norm(resid_post) W_U + b_U."""
+    readout = model_readout(harvest.model) if "lens" in harvest.info.plan["statistics"] else None
+    if readout is None:
+        return
+    batch = make_batch(harvest, (int(harvest.tokens.lengths.argmax()),))
+    seen: dict[str, torch.Tensor] = {}
+    points = harvest.probe.residual_points
+    hooks = [
+        (points[max(points)], lambda tensor: seen.update(residual=tensor[0].float().clone())),
+        (harvest.model.hook_points[LOGITS], lambda tensor: seen.update(logits=tensor[0].float().clone())),
+    ]
+    run_batch(harvest.model, batch, hooks, unembed=True)
+    own = seen["logits"].log_softmax(-1)
+    difference = float((readout.logits(seen["residual"]).log_softmax(-1) - own).abs().max())
+    if not difference <= LENS_TOLERANCE[harvest.model.dtype] * float(own.abs().max()):
+        raise SettingError(
+            f"--stats lens: the logits of {harvest.model.name} are not norm(resid_post) W_U + b_U (their logarithms "
+            f"differ by {difference:.3g}): a cap or a scale follows. Leave lens out"
+        )
 
 
 def check_memory(harvest: Harvest) -> None:
@@ -117,6 +144,8 @@ def _estimated_bytes(harvest: Harvest, prompt_ids: Sequence[int]) -> int:
     n_rows = len(prompt_ids) * longest
     width = 8 * int(config["d_model"] or 0) + 4 * int(config["d_mlp"] or 0)
     width += 2 * int(config["d_vocab"] or 0) if harvest.needs_unembed else 0
+    if "lens" in harvest.info.plan["statistics"]:
+        width += int(config["d_model"] or 0) * (harvest.model.n_layers + 4)
     squares = 4 * int(config["n_heads"] or 0) * len(prompt_ids) * longest**2
     return (n_rows * width + squares) * (2 if harvest.model.dtype in ("float16", "bfloat16") else 4)
 

@@ -15,6 +15,7 @@ from actdb.errors import DamageError
 from actdb.harvesting.models import Model
 from actdb.schema import FileRecord, seal, unseal
 from actdb.storage.folder import Folder
+from actdb.unembedding import READOUT_WEIGHTS, Readout
 
 WEIGHTS = "weights"
 TIED = "W_U is the transpose of W_E"
@@ -84,16 +85,29 @@ def _serialise(tensors: Mapping[str, torch.Tensor]) -> bytes:
     return save({key: _plain(value) for key, value in sorted(kept.items())}, metadata)
 
 
+def output_weights(model: Model, layers: Sequence[int]) -> dict[int, torch.Tensor]:
+    """Return W_O [head, d_head, d_model] of each layer whose output weights are known, in float32 on the device."""
+    tensors = _named_tensors(model)
+    found = {layer: tensors.get(f"blocks.{layer}.attn.W_O") for layer in layers}
+    return {
+        layer: weight.to(model.device, torch.float32)
+        for layer, weight in found.items()
+        if weight is not None and weight.ndim == 3
+    }
+
+
 def output_grams(model: Model, layers: Sequence[int]) -> dict[int, torch.Tensor]:
     """Return W_O W_Oᵀ [head, d_head, d_head] of each layer whose output weights are known, in float32."""
+    return {layer: weight @ weight.transpose(1, 2) for layer, weight in output_weights(model, layers).items()}
+
+
+def model_readout(model: Model) -> Readout | None:
+    """Return the final norm and unembedding, in float32 on the device; None where the model names no W_U."""
     tensors = _named_tensors(model)
-    grams = {}
-    for layer in layers:
-        weight = tensors.get(f"blocks.{layer}.attn.W_O")
-        if weight is not None and weight.ndim == 3:
-            wide = weight.to(model.device, torch.float32)
-            grams[layer] = wide @ wide.transpose(1, 2)
-    return grams
+    if "unembed.W_U" not in tensors:
+        return None
+    weights = {name: tensors[name].to(model.device, torch.float32) for name in READOUT_WEIGHTS if name in tensors}
+    return Readout.make(weights, model.config)
 
 
 def _named_tensors(model: Model) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,16 @@ def _pool() -> ThreadPoolExecutor:
 _opening = threading.Lock()
 _opened: deque[tuple["weakref.ref[SiteReader]", int]] = deque()
 """The shards that this process has open, of all readers, in the order of opening: files are a limited good."""
+
+
+def _renew() -> None:
+    """Give a forked process a pool and a lock of its own: the parent's threads do not exist in it."""
+    global _opening
+    _pool.cache_clear()
+    _opening = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew)
 
 
 def _close_oldest() -> None:
@@ -60,6 +71,10 @@ class SiteReader:
             else ("head", {head: head for head in range(extent)})
             for dim, extent in zip(spec.dims, spec.planes, strict=False)
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open shards behind: another process opens its own."""
+        return {**self.__dict__, "_shards": {}, "n_reads": 0}
 
     def read_range(self, plane: int, start: int, count: int) -> npt.NDArray[np.generic]:
         """Return rows of one plane that lie in one part, [row, feature]; within a raw chunk a read-only view of it."""

@@ -1,10 +1,12 @@
 """Lazy selections: shape, dims and size are known at once, data is read when asked for."""
 
 import operator
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
@@ -20,6 +22,8 @@ from actdb.selection.reader import SiteReader
 if TYPE_CHECKING:
     import torch
     import xarray
+
+    from actdb.interchange.stream import TorchStream
 
 Ints = npt.NDArray[np.int64]
 Index = SupportsIndex | slice | Sequence[int] | npt.NDArray[Any] | None
@@ -58,6 +62,22 @@ class Rows:
     prompt_ids: Ints
     first_pos: Ints
     dropped: bool
+
+    def in_storage_order(self) -> "Rows":
+        """Return the same rows in the order in which they are stored."""
+        order = np.argsort(self.starts, kind="stable")
+        starts, counts = self.starts[order], self.counts[order]
+        return Rows(starts, counts, self.prompt_ids[order], self.first_pos[order], self.dropped)
+
+    def prompts(self) -> Ints:
+        """Return the prompt id of each row."""
+        return np.repeat(self.prompt_ids, self.counts)
+
+    def positions(self) -> Ints:
+        """Return the position of each row within its prompt."""
+        ends = np.cumsum(self.counts)
+        places = np.arange(int(self.counts.sum())) + np.repeat(self.first_pos - (ends - self.counts), self.counts)
+        return np.asarray(places, np.int64)
 
 
 class Selection:
@@ -158,18 +178,14 @@ class Selection:
     @property
     def prompt(self) -> Ints:
         """The prompt id of each row (of each pattern)."""
-        rows = self._rows
-        return rows.prompt_ids if self._is_pattern else np.repeat(rows.prompt_ids, rows.counts)
+        return self._rows.prompt_ids if self._is_pattern else self._rows.prompts()
 
     @property
     def pos(self) -> Ints:
         """The position of each row within its prompt."""
-        rows = self._rows
         if self._is_pattern or "prompt" in self._source.spec.dims:
             raise SelectionError(f"site {self._source.spec.name!r} has no position of each row; see dims")
-        ends = np.cumsum(rows.counts)
-        places = np.arange(int(rows.counts.sum())) + np.repeat(rows.first_pos - (ends - rows.counts), rows.counts)
-        return np.asarray(places, np.int64)
+        return self._rows.positions()
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -253,6 +269,32 @@ class Selection:
         if size < 1:
             raise SelectionError(f"shuffled({size}): the size must be at least 1")
         return streams.shuffle(self._stream(), size, seed=seed, epochs=epochs, worker=worker)
+
+    def torch_dataset(self, *, size: int, seed: int = 0, epochs: int = 1) -> "TorchStream":
+        """Return `shuffled` as a torch `IterableDataset`: dicts of `values`, `prompt` and `pos` tensors.
+
+        For `DataLoader(dataset, batch_size=None, num_workers=N)`: the batches are made here. Chunks are shared out over
+        workers, and over ranks where torch.distributed is initialised, so that together they yield each row once an
+        epoch; shares differ by up to a chunk, and so does the number of batches. Raises `SelectionError` for patterns.
+        """
+        from actdb.interchange.stream import TorchStream
+
+        return TorchStream(self, size, seed=seed, epochs=epochs)
+
+    def export(self, path: str | os.PathLike[str], *, format: str | None = None, overwrite: bool = False) -> Path:
+        """Write the selection for other tools as `parquet`, `npz`, `safetensors` or `hf`; returns the path.
+
+        parquet and hf hold a record a layer, head and row (patterns: a query) in storage order, with prompt_id, pos,
+        token and labels beside `activation`; npz and safetensors hold arrays in the order of `numpy()` (see
+        `actdb.interchange.record` and `array`). Values keep the stored dtype, float16 too. `format` defaults to the
+        path's suffix; hf is a folder for `datasets.load_from_disk`. Memory stays bounded by some batches of 16 MiB and
+        8 bytes a token of the run; npz and safetensors take the size of the values on disk a second time meanwhile.
+
+        Raises `SettingError` for a format or suffix that is not known, and where the path exists without `overwrite`.
+        """
+        from actdb.interchange.export import export_selection
+
+        return export_selection(self, path, format=format, overwrite=overwrite)
 
     def __len__(self) -> int:
         shape = self.shape
@@ -417,10 +459,10 @@ class Selection:
 
     def _stream(self) -> streams.Stream:
         shape = tuple(len(axis.indices) for axis in self._axes if not axis.dropped)
-        positions = None if "prompt" in self._source.spec.dims else self.pos
-        rows = self._rows
+        rows = self._rows.in_storage_order()
+        positions = None if "prompt" in self._source.spec.dims else rows.positions()
         return streams.Stream(
-            self._source.reader, self._planes, shape, self._feature, rows.starts, rows.counts, self.prompt, positions
+            self._source.reader, self._planes, shape, self._feature, rows.starts, rows.counts, rows.prompts(), positions
         )
 
     def _patterns(self, *, pad: bool) -> Any:

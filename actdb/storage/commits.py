@@ -1,8 +1,9 @@
 """Commits: one file a part, created if absent and written last, so that a part is there whole or not at all."""
 
+import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
@@ -11,12 +12,14 @@ import numpy as np
 from crc32c import crc32c
 
 from actdb.errors import DamageError
-from actdb.schema import HEAD_DIMS, Commit, RunInfo, digest, seal, unseal
+from actdb.schema import HEAD_DIMS, STATISTICS, Commit, FileRecord, RunInfo, digest, seal, unseal
 from actdb.storage import codecs
-from actdb.storage.folder import Folder
+from actdb.storage.folder import Folder, file_record
 
 RUNS = "runs"
 TABLES = "tables"
+INDEXES = "indexes"
+STATISTICS_FILE = re.compile(r"([0-9]{6,9})\.([a-z]+)\.json")
 COMMIT_FILE = re.compile(r"[0-9]{6,9}\.json")
 MALFORMED = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
 MAX_CHUNK_BYTES = 2**31 - 1
@@ -38,6 +41,26 @@ def table_name(run: str, part: int, table: str) -> str:
 def commit_name(run: str, part: int) -> str:
     """Return the path of a part's commit file."""
     return f"{RUNS}/{run}/commits/{part_name(part)}.json"
+
+
+def statistics_name(run: str, part: int, statistic: str) -> str:
+    """Return the path of the commit of a part's statistics that were computed from stored arrays."""
+    return f"{RUNS}/{run}/statistics/{part_name(part)}.{statistic}.json"
+
+
+def write_table(folder: Folder, run: str, part: int, table: str, content: Any) -> FileRecord:
+    """Write a statistics table of a part as Parquet, durable under its name; an older file is replaced."""
+    import pyarrow.parquet as pq
+
+    name = table_name(run, part, table)
+    folder.make_parent(name)
+    with folder.temporary(name) as path:
+        pq.write_table(content, path, compression="zstd")
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        record = file_record(path, name)
+        folder.adopt(path, name)
+    return record
 
 
 def claim_run(folder: Folder, info: RunInfo) -> bool:
@@ -114,6 +137,22 @@ def write_commit(folder: Folder, run: str, commit: Commit) -> bool:
     return folder.publish(commit_name(run, commit.part), seal(commit.to_json()), exclusive=True)
 
 
+def write_statistics(folder: Folder, run: str, statistic: str, commit: Commit) -> None:
+    """Commit a part's statistics that were computed from stored arrays; replaces a damaged commit."""
+    name = statistics_name(run, commit.part, statistic)
+    folder.path(name).unlink(missing_ok=True)
+    folder.publish(name, seal(commit.to_json()), exclusive=True)
+
+
+def committed_statistics(folder: Folder, run: str) -> dict[str, list[int]]:
+    """Return the parts by statistic that were computed from stored arrays, from file names alone."""
+    found: dict[str, list[int]] = {}
+    for name in sorted(folder.names(f"{RUNS}/{run}/statistics")):
+        if match := STATISTICS_FILE.fullmatch(name):
+            found.setdefault(match[2], []).append(int(match[1]))
+    return found
+
+
 def committed_parts(folder: Folder, run: str) -> list[int]:
     """Return the numbers of the committed parts, from file names alone."""
     names = folder.names(f"{RUNS}/{run}/commits")
@@ -122,7 +161,15 @@ def committed_parts(folder: Folder, run: str) -> list[int]:
 
 def read_commit(folder: Folder, run: str, part: int) -> Commit:
     """Read one commit; raises `DamageError` where it is missing or malformed."""
-    name = commit_name(run, part)
+    return _read_commit(folder, commit_name(run, part))
+
+
+def read_statistics(folder: Folder, run: str, part: int, statistic: str) -> Commit:
+    """Read the commit of a part's later statistics; raises `DamageError` where it is missing or malformed."""
+    return _read_commit(folder, statistics_name(run, part, statistic))
+
+
+def _read_commit(folder: Folder, name: str) -> Commit:
     value = _parse_sealed(folder.read_bytes(name), str(folder.path(name)))
     try:
         return Commit.from_json(value)
@@ -132,10 +179,20 @@ def read_commit(folder: Folder, run: str, part: int) -> Commit:
 
 @dataclass(frozen=True)
 class RunSnapshot:
-    """A run and the parts that were committed when the snapshot was taken."""
+    """A run and the parts that were committed when the snapshot was taken.
+
+    `later` holds the parts of each kind of statistics that was computed from stored arrays.
+    """
 
     info: RunInfo
     parts: tuple[int, ...]
+    later: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def harvested(self) -> tuple[str, ...]:
+        """Kinds of statistics that were computed in the forward pass."""
+        names = self.info.plan.get("statistics")
+        return tuple(map(str, names)) if isinstance(names, list | tuple) else ()
 
     @property
     def complete(self) -> bool:
@@ -158,7 +215,7 @@ class Snapshot:
     @cached_property
     def digest(self) -> str:
         """Digest of what the catalog is made from; equal digests mean equal catalogs."""
-        runs = {name: [run.info.plan_hash, list(run.parts)] for name, run in self.runs.items()}
+        runs = {name: [run.info.plan_hash, list(run.parts), run.later] for name, run in self.runs.items()}
         return digest({"runs": runs, "tables": {name: list(files) for name, files in self.tables.items()}})
 
 
@@ -181,7 +238,8 @@ def take_snapshot(folder: Folder) -> Snapshot:
             info = read_run(folder, name)
             parts = [part for part in committed_parts(folder, name) if part < info.n_parts]
             if parts or all(folder.exists(record.path) for record in info.files):
-                runs[name] = RunSnapshot(info, tuple(parts))
+                later = committed_statistics(folder, name)
+                runs[name] = RunSnapshot(info, tuple(parts), {k: tuple(p) for k, p in later.items() if k in STATISTICS})
         except DamageError as exc:
             damaged[name] = str(exc)
     tables = {name: tuple(folder.names(f"{TABLES}/{name}")) for name in folder.names(TABLES)}

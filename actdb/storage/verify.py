@@ -51,6 +51,23 @@ def check_commit(folder: Folder, info: RunInfo, commit: Commit, *, content: bool
             yield Damage(record.path, str(exc), info.name, commit.part)
 
 
+def check_statistics(folder: Folder, info: RunInfo, part: int, statistic: str) -> Iterator[Damage]:
+    """Yield the damaged files of a part's statistics that were computed from stored arrays."""
+    name = commits.statistics_name(info.name, part, statistic)
+    try:
+        commit = commits.read_statistics(folder, info.name, part, statistic)
+        if commit.plan_hash != info.plan_hash or commit.part != part:
+            raise DamageError(f"{folder.path(name)} belongs to another plan")
+    except DamageError as exc:
+        yield Damage(name, str(exc), info.name, part)
+        return
+    for record in commit.files:
+        try:
+            folder.check(record)
+        except ActdbError as exc:
+            yield Damage(record.path, f"{exc}; repair it by actdb stats --stats {statistic}", info.name, part)
+
+
 def check_run_files(folder: Folder, info: RunInfo, *, begun: bool = True) -> Iterator[Damage]:
     """Yield the damaged files of a run outside its parts: prompts, tokens, weights, Zarr metadata.
 
@@ -97,6 +114,9 @@ def check_database(snapshot: commits.Snapshot) -> Iterator[Damage]:
                 name = commits.commit_name(run, part)
                 yield Damage(name, f"{folder.path(name)} belongs to another plan", run, part)
             yield from check_commit(folder, held.info, commit)
+        for statistic, parts in held.later.items():
+            for part in parts:
+                yield from check_statistics(folder, held.info, part, statistic)
     for table, files in snapshot.tables.items():
         for file in files:
             yield from _check_table_file(folder, f"{commits.TABLES}/{table}/{file}")

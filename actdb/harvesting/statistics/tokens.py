@@ -12,22 +12,23 @@ import torch
 from transformer_lens.hook_points import HookPoint
 
 from actdb.errors import OverflowingError
-from actdb.harvesting.capture import PaddedBatch
+from actdb.harvesting.capture import NO_TOKEN, PaddedBatch
 from actdb.harvesting.statistics import Hook
 
 NO_RANK = -1
 
 
-def prediction_statistics(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[pos, token] logits of one prompt and its ids [pos] → loss, entropy, rank [pos]; NaN and −1 at the last."""
+def prediction_statistics(
+    logits: torch.Tensor, following: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[row, token] logits and the ids [row] that follow → loss, entropy, rank [row]; NaN and −1 where none follows."""
     values = logits.to(torch.float32)
     total = values.logsumexp(-1)
     entropy = total - (values.sub(total[:, None]).exp_() * values).sum(-1)
-    target = values[:-1].gather(1, ids[1:, None])
-    loss = torch.full_like(total, torch.nan)
-    loss[:-1] = total[:-1] - target[:, 0]
-    rank = torch.full_like(ids, NO_RANK)
-    rank[:-1] = (values[:-1] > target).sum(-1)
+    known = following != NO_TOKEN
+    target = values.gather(1, following.clamp_min(0)[:, None])
+    loss = torch.where(known, total - target[:, 0], torch.nan)
+    rank = torch.where(known, (values > target).sum(-1), NO_RANK)
     return loss, entropy, rank
 
 
@@ -42,10 +43,13 @@ class TokenStatistics:
     def hooks(self, batch: PaddedBatch) -> list[Hook]:
         """Return a hook on the logits [batch, pos, token]."""
         self._prompts += batch.prompt_ids
+        following = batch.following()
 
         def on_logits(tensor: torch.Tensor) -> None:
+            begin = 0
             for row, n in enumerate(batch.lengths):
-                self._seen.append(prediction_statistics(tensor[row, :n], batch.ids[row, :n]))
+                self._seen.append(prediction_statistics(tensor[row, :n], following[begin : begin + n]))
+                begin += n
 
         return [(self._point, on_logits)]
 
