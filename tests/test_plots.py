@@ -381,11 +381,10 @@ def test_neurons_are_those_stored(db: actdb.Database) -> None:
 
 
 def test_neurons_of_any_site_of_rows(db: actdb.Database) -> None:
-    """More contexts are asked for than rows are stored."""
-    figure = plots.neurons(db, layer=1, neuron=5, site="resid_post", n_contexts=10_000, run="mlp")
+    figure = plots.neurons(db, layer=1, neuron=5, site="resid_post", n_contexts=100, run="mlp")
     values = db.run("mlp")["resid_post"].sel(layer=1, neuron=5).numpy()
     (marks,) = figure.axes[0].lines
-    assert np.allclose(marks.get_xdata(), np.sort(values)[::-1])
+    assert np.allclose(marks.get_xdata(), np.sort(values)[::-1][:100])
     assert any("resid_post, layer 1 neuron 5" in text for text in texts(figure))
 
 
@@ -394,6 +393,7 @@ def test_contexts_are_cut_on_both_sides(tmp_path: Path) -> None:
     tokens = np.random.default_rng(0).integers(0, 16, 400).tolist()
     actdb.harvest(TinyModel(n_ctx=400), [{"tokens": tokens}], tmp_path / "x", sites=["mlp_post"])
     with actdb.open(tmp_path / "x") as db:
+        assert len(top_contexts(db, layer=0, neuron=0, k=500)) == 400  # more than there are rows
         places = {context.pos: context for i in range(16) for context in top_contexts(db, layer=0, neuron=i, k=16)}
         context = next(context for pos, context in places.items() if 60 < pos < 340)
     text = [str(token) for token in tokens]
@@ -594,7 +594,8 @@ def test_each_command_makes_its_file(
         (("neurons", "--layer", 0, "--neuron", 99_999), "neurons 0 to 95"),
         (("neurons", "--layer", 0, "--neuron", 0, "--run", "bare"), "no site 'mlp_post'"),
         (("neurons", "--site", "z", "--layer", 0, "--neuron", 0), "need a site of rows without heads"),
-        (("neurons", "--neuron", 0), "layers 0, 1"),
+        (("neurons", "--neuron", 0), "and a layer"),
+        (("neurons", "--layer", 0, "--neuron", 0, "-k", 101), "101 contexts: a picture shows 1 to 100"),
         (
             ("lens", "--prompt", 0, "--run", "bare"),
             "neither site 'resid_post' nor lens statistics; harvest it with one",

@@ -1,0 +1,1 @@
+"""What several analyses need: interventions, the logit lens, metrics, selectivity, significance, figures, reports."""

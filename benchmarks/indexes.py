@@ -1,0 +1,161 @@
+"""Indexes of nearest neighbours by l2: actdb's, streamed from its store, against other libraries from rows in memory.
+
+k is 10; queries are rows of their own, asked all at once; recall counts those at the 10th true distance or nearer.
+Every way searches as narrowly as recall 0.95 allows, the graphs have 32 links a node. `trained` rows are the last
+residual stream of the model that the demo ships, or of the folder named by ACTDB_BENCH_MODEL over the prompts in
+ACTDB_BENCH_PROMPTS; `768 wide` rows are made up, near a plane of 32 dimensions. Exact search reads the store. The
+memory is what the index takes in its file.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import actdb
+from actdb.neighbors import exact
+from actdb.neighbors.build import build_index
+from actdb.neighbors.device import choose_processor
+from actdb.neighbors.exact import Found
+from actdb.neighbors.index import measure, open_index
+from actdb.neighbors.row import Rows
+from benchmarks.harness import Goal, Table, missing, note, peers
+from benchmarks.neighbors import TRAINED, Floats, Ints, made_rows, trained_rows
+
+SCALE = {"full": ((10_000, 100_000, 1_000_000), 1_000), "quick": ((20_000,), 500), "tiny": ((600,), 20)}
+"""Rows 768 wide, queries."""
+PEER_ROWS = 100_000
+"""Rows above which actdb is measured alone: a build takes others as long, and a run of the benchmark has its limit."""
+KINDS = ("flat", "ivf", "hnsw")
+PEERS = ("faiss", "hnswlib", "usearch")
+K, LINKS, RECALL = 10, 32, 0.95
+BREADTHS = tuple(16 << i for i in range(8))
+Search = Callable[[Floats, int], Ints]
+
+
+def run(size: str, folder: Path) -> Table:
+    """Return build time, file, recall and queries a second of each index."""
+    counts, n_queries = SCALE[size]
+    header = ("rows", "way", "build s", "MB", "recall@10", "queries/s")
+    if "faiss" not in peers("faiss"):
+        return Table(
+            "Indexes", note(__doc__) + missing(*PEERS), header, [("", "not run: no FAISS", "", "", "", "")] * 3
+        )
+    places = [("trained", folder / "trained.actdb", trained_rows(folder / "trained.actdb", TRAINED[size]))]
+    places += [("768 wide", folder / f"{n}.actdb", made_rows(folder / f"{n}.actdb", n)) for n in counts]
+    table: list[tuple[Any, ...]] = []
+    goals: list[Goal] = []
+    for name, path, rows in places:
+        what = f"{len(rows):,} rows, {name}"
+        chosen = np.sort(np.random.default_rng(2).choice(len(rows), min(n_queries, len(rows) // 2), replace=False))
+        queries = rows.take(chosen)
+        truth, seconds = timed(partial(exact_search, rows, queries))
+        table.append((what, "actdb, exact", 0.0, 0.0, 1.0, len(queries) / seconds))
+        kinds = KINDS if len(rows) <= PEER_ROWS else ("hnsw",)
+        for kind in kinds:
+            table.append((what, f"actdb, {kind}", *own(path, rows, kind, queries, truth)))
+        if len(rows) <= PEER_ROWS:
+            table += [(what, way, *found) for way, found in others(rows, queries, truth).items()]
+        elif size == "full":
+            fastest = max(
+                row[-1] for row in table if row[:1] == (what,) and row[1] != "actdb, exact" and row[4] >= RECALL
+            )
+            goals.append(Goal(f"indexed ÷ exact search of {what}", fastest * seconds / len(queries), 20))
+    return Table("Indexes", note(__doc__) + missing(*PEERS), header, table, goals)
+
+
+def own(path: Path, rows: Rows, kind: str, queries: Floats, truth: Found) -> tuple[float, float, float, float]:
+    """Build actdb's index, and return build seconds, MB, recall and queries a second."""
+    folder = actdb.open(path)._folder
+    record, build_s = timed(partial(build_index, folder, rows, kind=kind, recall=RECALL))
+    index = open_index(folder, rows)
+    assert index is not None
+    nobody = exact.nothing_excluded(len(queries))
+    index.find(queries[:1], K, exact.nothing_excluded(1))
+    numbers, seconds = timed(partial(index.find, queries, K, nobody))
+    recall = recall_at(rows, queries, numbers, truth)
+    return build_s, record.file.stored_bytes / 1e6, recall, len(queries) / seconds
+
+
+def others(rows: Rows, queries: Floats, truth: Found) -> dict[str, tuple[float, float, float, float]]:
+    """Build and time the other libraries' graphs, each searched as narrowly as the recall allows."""
+    values = rows.read(0, len(rows))
+    found = {}
+    for way, build in (("faiss HNSW", build_faiss), ("hnswlib", build_hnswlib), ("usearch", build_usearch)):
+        if way.split()[0] not in peers(*PEERS):
+            continue
+        (search, n_bytes), build_s = timed(partial(build, values))
+        for breadth in BREADTHS:
+            search(queries[:1], breadth)
+            numbers, seconds = timed(partial(search, queries, breadth))
+            recall = recall_at(rows, queries, numbers, truth)
+            if recall >= RECALL:
+                break
+        found[way] = (build_s, n_bytes / 1e6, recall, len(queries) / seconds)
+    return found
+
+
+def build_faiss(values: Floats) -> tuple[Search, int]:
+    """Build FAISS's graph; returns its search, and its bytes."""
+    import faiss
+
+    index = faiss.IndexHNSWFlat(values.shape[1], LINKS, faiss.METRIC_L2)
+    index.add(values)
+
+    def search(queries: Floats, breadth: int) -> Ints:
+        index.hnsw.efSearch = breadth
+        return np.asarray(index.search(queries, K)[1])
+
+    return search, len(faiss.serialize_index(index))
+
+
+def build_hnswlib(values: Floats) -> tuple[Search, int]:
+    """Build hnswlib's graph, as wide as FAISS's default; returns its search, and its bytes."""
+    import hnswlib
+
+    index = hnswlib.Index("l2", values.shape[1])
+    index.init_index(len(values), ef_construction=40, M=LINKS)
+    index.add_items(values)
+
+    def search(queries: Floats, breadth: int) -> Ints:
+        index.set_ef(breadth)
+        return np.asarray(index.knn_query(queries, K)[0], np.int64)
+
+    return search, int(index.index_file_size())
+
+
+def build_usearch(values: Floats) -> tuple[Search, int]:
+    """Build usearch's graph, as wide as FAISS's default; returns its search, and its bytes."""
+    from usearch.index import Index
+
+    index = Index(ndim=values.shape[1], metric="l2sq", dtype="f32", connectivity=LINKS, expansion_add=40)
+    index.add(np.arange(len(values)), values)
+
+    def search(queries: Floats, breadth: int) -> Ints:
+        index.expansion_search = breadth
+        keys = np.asarray(index.search(queries, K).keys).astype(np.int64)
+        return keys.reshape(len(queries), -1)
+
+    return search, int(index.serialized_length)
+
+
+def exact_search(rows: Rows, queries: Floats) -> Found:
+    """Return the true neighbours, by a scan of the store."""
+    return exact.search(rows, queries, K, exact.nothing_excluded(len(queries)), choose_processor("cpu"))
+
+
+def recall_at(rows: Rows, queries: Floats, numbers: Ints, truth: Found) -> float:
+    """Return the share of neighbours found that are no further than the last true one."""
+    found = measure(rows, queries, numbers, K)
+    last = truth.distances[:, -1:]
+    return float((found.distances <= last * (1 + 1e-4) + 1e-3).mean())
+
+
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    """Return what a function returns, and the seconds that it took."""
+    began = time.perf_counter()
+    value = function()
+    return value, time.perf_counter() - began

@@ -1,0 +1,215 @@
+"""Exact nearest neighbours by l2: actdb reading its store, against libraries that hold the rows as float32 in memory.
+
+k is 10. `trained` rows are the last residual stream of the model that the demo ships, or of the folder named by
+ACTDB_BENCH_MODEL over the prompts in ACTDB_BENCH_PROMPTS; `768 wide` rows are made up, near a plane of 32 dimensions.
+Queries are rows of their own. The graph is the neighbours of every row. float16, lz4, in the page cache; the memory is
+what the process grows by at its peak, rows in memory included.
+"""
+
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import actdb
+from actdb.demo import MODEL, PROMPTS
+from actdb.neighbors import exact
+from actdb.neighbors.device import choose_processor
+from actdb.neighbors.map import make_map
+from actdb.neighbors.row import Rows, make_plane
+from benchmarks import data
+from benchmarks.harness import Goal, Table, missing, note, peers, take_turns
+
+SCALE: dict[str, tuple[tuple[int, ...], int, int]] = {  # rows 768 wide, rows of the graph, queries
+    "full": ((10_000, 100_000, 1_000_000), 100_000, 1_000),
+    "quick": ((10_000, 50_000), 10_000, 500),
+    "tiny": ((600,), 600, 20),
+}
+TRAINED = {"full": 100_000, "quick": 10_000, "tiny": 300}
+PEERS = ("faiss", "sklearn")
+FEW = 100_000
+"""Rows above which only FAISS is measured beside: the others take minutes."""
+WIDTH, INNER, TOKENS, K = 768, 32, 100, 10
+TORCH_QUERIES = 256
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+
+def run(size: str, folder: Path) -> Table:
+    """Return queries a second of each way, and seconds of the graph."""
+    counts, n_graph, n_queries = SCALE[size]
+    places = [("trained", trained_rows(folder / "trained.actdb", TRAINED[size]))]
+    places += [("768 wide", made_rows(folder / f"{n}.actdb", n)) for n in counts]
+    rows: list[tuple[Any, ...]] = []
+    goals: list[Goal] = []
+    for name, opened in places:
+        speeds = time_queries(opened, n_queries, rounds=1 if len(opened) > FEW else 3)
+        what = f"{len(opened):,} rows, {name}"
+        rows += [(what, way, f"{speed:,.0f} queries/s", speed) for way, speed in speeds.items()]
+        for peer, bound in (("faiss flat", 0.9), ("torch cdist + topk", 1.5)):
+            if peer in speeds and size != "tiny":
+                goals.append(Goal(f"exact search of {what} ÷ {peer}", speeds["actdb"] / speeds[peer], bound))
+    graph = next(opened for name, opened in places if name == "768 wide" and len(opened) == n_graph)
+    seconds = time_graph(graph, rounds=1)
+    rows += [(f"graph of {n_graph:,} rows", way, f"{s:,.3g} s", n_graph / s) for way, s in seconds.items()]
+    if "faiss flat" in seconds:
+        ratio = seconds["actdb"] / seconds["faiss flat"]
+        goals.append(Goal(f"time of the graph of {n_graph:,} rows ÷ faiss flat", ratio, 1.1, at_least=False))
+    for way in ("actdb", "faiss flat") if "faiss flat" in seconds else ("actdb",):
+        rows.append((f"graph of {n_graph:,} rows", f"{way}, memory", f"{peak(way, size, graph):,.0f} MiB", ""))
+    header = ("what", "way", "measured", "rows/s")
+    return Table("Exact neighbours", note(__doc__) + missing(*PEERS), header, rows, goals, "rows/s")
+
+
+def time_queries(rows: Rows, n_queries: int, *, rounds: int) -> dict[str, float]:
+    """Return queries a second of each way, after all gave the same distances."""
+    chosen = np.sort(np.random.default_rng(1).choice(len(rows), min(n_queries, len(rows) // 2), replace=False))
+    queries, values = rows.take(chosen), rows.read(0, len(rows))
+    ways: dict[str, Callable[[], Floats]] = {"actdb": partial(search, rows, queries)}
+    found = peers(*PEERS)
+    if "faiss" in found:
+        ways["faiss flat"] = partial(faiss_search, faiss_index(values), queries)
+    if len(rows) <= FEW:
+        ways["torch cdist + topk"] = partial(torch_search, values, queries)
+        if "sklearn" in found:
+            ways["scikit-learn brute"] = partial(sklearn_search, values, queries)
+    truth = np.sqrt(((queries[0].astype(np.float64) - values.astype(np.float64)) ** 2).sum(1))
+    for name, way in ways.items():
+        assert np.allclose(way()[0], np.sort(truth)[:K], rtol=1e-3, atol=0.05), name
+    return {name: len(queries) / seconds for name, seconds in take_turns(ways, rounds=rounds).items()}
+
+
+def time_graph(rows: Rows, *, rounds: int) -> dict[str, float]:
+    """Return the seconds that the neighbours of every row take each way."""
+    sample = slice(0, 2 * exact.BLOCK_ROWS)
+    values = rows.read(0, len(rows))
+    mine, others = join(rows)[sample], faiss_join(values[:0], values)
+    ways: dict[str, Callable[[], Any]] = {"actdb": partial(join, rows)}
+    if others is not None:
+        theirs = faiss_join(values[sample], values)
+        assert theirs is not None
+        assert np.allclose(mine, theirs[:, 1:], rtol=1e-3, atol=0.05)
+        ways["faiss flat"] = partial(faiss_join, values, values)
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            times[name].append(time.perf_counter() - began)
+    return {name: float(np.median(seconds)) for name, seconds in times.items()}
+
+
+def search(rows: Rows, queries: Floats) -> Floats:
+    """Return distances [query, k] by actdb, from the store."""
+    nobody = exact.nothing_excluded(len(queries))
+    return exact.search(rows, queries, K, nobody, choose_processor("cpu")).distances
+
+
+def join(rows: Rows) -> Floats:
+    """Return distances [row, k] of every row's neighbours by actdb, from the store."""
+    numbers = np.arange(len(rows))
+    excluded = exact.Excluded(*rows.around(numbers, exclude_prompt=False, exclude_within=0))
+    return exact.join(rows, K, excluded, choose_processor("cpu")).distances
+
+
+def faiss_index(values: Floats) -> Any:
+    """Return a flat index of rows in memory."""
+    import faiss
+
+    index = faiss.IndexFlatL2(values.shape[1])
+    index.add(values)
+    return index
+
+
+def faiss_search(index: Any, queries: Floats) -> Floats:
+    """Return distances [query, k] by FAISS."""
+    return np.asarray(np.sqrt(index.search(queries, K)[0]), np.float32)
+
+
+def faiss_join(queries: Floats, values: Floats) -> Floats | None:
+    """Return distances [row, k + 1] of rows' neighbours among rows, themselves included; None without FAISS."""
+    if "faiss" not in peers("faiss"):
+        return None
+    return np.asarray(np.sqrt(faiss_index(values).search(queries, K + 1)[0]) if len(queries) else queries, np.float32)
+
+
+def torch_search(values: Floats, queries: Floats) -> Floats:
+    """Return distances [query, k] by torch, some queries at once."""
+    import torch
+
+    held = torch.from_numpy(values)
+    blocks = torch.from_numpy(queries).split(TORCH_QUERIES)
+    found = [torch.cdist(block, held).topk(K, largest=False).values for block in blocks]
+    return np.asarray(torch.cat(found).numpy())
+
+
+def sklearn_search(values: Floats, queries: Floats) -> Floats:
+    """Return distances [query, k] by scikit-learn's brute force."""
+    from sklearn.neighbors import NearestNeighbors
+
+    distances, _ = NearestNeighbors(n_neighbors=K, algorithm="brute").fit(values).kneighbors(queries)
+    return np.asarray(distances, np.float32)
+
+
+def trained_rows(path: Path, n_rows: int) -> Rows:
+    """Harvest the last residual stream of a trained model, and return about so many rows of it."""
+    model = os.environ.get("ACTDB_BENCH_MODEL", MODEL)
+    prompts = os.environ.get("ACTDB_BENCH_PROMPTS", PROMPTS)
+    run = actdb.harvest(model, Path(prompts), path, sites=["resid_post"], stats=())
+    ends = np.cumsum(run.prompt_index.n_rows)
+    last = max(1, int(np.searchsorted(ends, n_rows)))
+    return open_rows(path, run.layers[-1], f"prompt_id < {last}")
+
+
+def made_rows(path: Path, n_rows: int) -> Rows:
+    """Write rows 768 wide near a plane of 32 dimensions, by blocks, and return them."""
+    generator = np.random.default_rng(0)
+    plane = generator.standard_normal((INNER, WIDTH), np.float32)
+    values = np.empty((1, n_rows, WIDTH), np.float16)
+    for begin in range(0, n_rows, 10_000):
+        block = generator.standard_normal((min(10_000, n_rows - begin), INNER), np.float32) @ plane
+        values[0, begin : begin + len(block)] = block + generator.standard_normal(block.shape, np.float32)
+    data.write_run(path, {"resid_post": values}, np.full(n_rows // TOKENS, TOKENS), "lz4")
+    return open_rows(path, 0)
+
+
+def open_rows(path: Path, layer: int, where: str | None = None) -> Rows:
+    """Return the rows of one layer, compared by l2."""
+    run = actdb.open(path).run()
+    plane = make_plane(run, "resid_post", layer=layer, head=None)
+    return Rows(plane, make_map(run, plane.width), "l2", where)
+
+
+def peak(way: str, size: str, rows: Rows) -> float:
+    """Return the MiB that a process grows by for the graph; in the tiny size, which tests that it runs, this one."""
+    path = str(rows.plane.run.source("resid_post").reader._folder.root)
+    if size == "tiny":
+        return grown(way, path)
+    command = [sys.executable, "-m", "benchmarks.neighbors", way, path]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+
+
+def grown(way: str, path: str) -> float:
+    """Return the growth of this process's peak resident size over a graph, in MiB."""
+    peers("faiss")
+    rows = open_rows(Path(path), 0)
+    rows.read(0, 1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if way == "actdb":
+        join(rows)
+    else:
+        values = rows.read(0, len(rows))
+        faiss_join(values, values)
+    return max((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, 0.1)
+
+
+if __name__ == "__main__":
+    print(grown(sys.argv[1], sys.argv[2]))
