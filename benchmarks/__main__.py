@@ -97,10 +97,16 @@ def goals_table(goals: list[Goal]) -> str:
     lines = ["## Goals", "", "| claim | measured | to reach | reached |", "| --- | --- | --- | --- |"]
     for goal in goals:
         bound = f"{'≥' if goal.at_least else '≤'} {cell(goal.bound)} {goal.unit}"
-        lines.append(
-            f"| {goal.name} | {cell(goal.measured)} {goal.unit} | {bound} | {'yes' if goal.reached else 'no'} |"
-        )
+        lines.append(f"| {goal.name} | {cell(goal.measured)} {goal.unit} | {bound} | {_verdict(goal)} |")
     return "\n".join(lines) + "\n"
+
+
+def _verdict(goal: Goal) -> str:
+    """Return whether a goal is reached; if not, which share of it, and why."""
+    if goal.reached:
+        return "yes"
+    share = goal.measured / goal.bound
+    return f"no: {share:.2f} × that" + (f"; {goal.why}" if goal.why else "")
 
 
 def draw(table: Table, path: Path) -> None:

@@ -37,13 +37,14 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure to reach: what it is, what was measured, the bound, and whether more is better."""
+    """A figure to reach: what it is, what was measured, the bound, whether more is better, and what limits it."""
 
     name: str
     measured: float
     bound: float
     unit: str = "×"
     at_least: bool = True
+    why: str = ""
 
     @property
     def reached(self) -> bool:

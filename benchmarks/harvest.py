@@ -31,6 +31,7 @@ SCALE = {"full": (6, 3), "quick": (2, 2), "tiny": (1, 1)}  # batches of actdb an
 SAELENS = (
     " SAELens 6.51 cannot take part: it imports transformer_lens.HookedTransformer, which transformer-lens 4 removed."
 )
+SHARED = "casting, packing and encoding run on the cores that the model uses: see the profile"
 Cache = dict[str, torch.Tensor]
 
 
@@ -83,13 +84,17 @@ def run(size: str, folder: Path) -> Table:
     best = max(value for name, value in speed.items() if name.startswith("run_with_cache"))
     goals = (
         Goal("harvest ÷ forward pass with logits", full / with_logits, 1.1),
-        Goal("harvest ÷ forward pass without unembedding", full / without, 0.9),
+        Goal("harvest ÷ forward pass without unembedding", full / without, 0.9, why=SHARED),
         Goal("statistics only ÷ forward pass without unembedding", statistics / without, 0.95),
-        Goal("harvest ÷ best peer that stores the same sites", full / best, 3.0),
+        Goal("harvest ÷ best peer that stores the same sites", full / best, 3.0, why=_most(best / without)),
     )
     header = ("way", "tokens/s", "÷ forward with logits", "÷ forward without")
     text = note(__doc__) + SAELENS + missing("h5py", "nnsight", "torchlens")
     return Table("Harvest", text, header, rows, goals, "tokens/s")
+
+
+def _most(peer: float) -> str:
+    return f"that peer reaches {peer:.2f} of the forward pass without unembedding: {1 / peer:.1f} × is all there is"
 
 
 def cached(model: Model, batch: torch.Tensor) -> Cache:

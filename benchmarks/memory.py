@@ -15,6 +15,7 @@ from benchmarks.harness import Goal, Table, note
 
 SCALE = {"full": (2, (1, 10)), "quick": (1, (1, 3)), "tiny": (1, (1, 2))}  # batches of 16 × 128 at 1×, factors
 LIMIT_MB = 1024
+HEAP = "the heap of the model's own activations goes on growing a little over the first batches"
 
 
 def run(size: str, folder: Path) -> Table:
@@ -26,9 +27,16 @@ def run(size: str, folder: Path) -> Table:
             peak[way, factor] = start(way, size, n_batches * factor, folder / f"{len(rows)}")
             rows.append((way, f"{factor}×", peak[way, factor]))
     large = peak["actdb", factors[-1]]
+    growth = large / max(peak["actdb", 1], 1e-9)
     goals = (
         Goal(f"peak memory above the model at {factors[-1]}×", large, LIMIT_MB, "MiB", at_least=False),
-        Goal(f"peak memory at {factors[-1]}× ÷ at 1×", large / max(peak["actdb", 1], 1e-9), 1.15, at_least=False),
+        Goal(
+            f"peak memory at {factors[-1]}× ÷ at 1×",
+            growth,
+            1.15,
+            at_least=False,
+            why=HEAP,
+        ),
     )
     return Table("Memory", note(__doc__), ("way", "prompts", "peak MiB above the model"), rows, goals)
 

@@ -20,6 +20,7 @@ from benchmarks import data
 from benchmarks.harness import Goal, Table, missing, note, peers, take_turns
 
 SCALE = {"full": (1500, 24, 3), "quick": (400, 6, 2), "tiny": (100, 1, 1)}  # prompts, batches, rounds
+IN_MEMORY = "the best peer gathers rows of a map that lies whole in the page cache, which a larger layer does not"
 LAYER, SIZE, WIDTH, NEAR = 2, 4096, 768, 64
 
 
@@ -43,7 +44,9 @@ def run(size: str, folder: Path) -> Table:
     speed = {name: n_batches * batch / t for name, t in medians.items()}
     best = max(v for name, v in speed.items() if not name.startswith("actdb"))
     rows = [(name, v, quality[name]) for name, v in speed.items()]
-    goals = (Goal("shuffled stream ÷ best peer", max(speed["actdb, raw"], speed["actdb, lz4"]) / best, 5.0),)
+    goals = (
+        Goal("shuffled stream ÷ best peer", max(speed["actdb, raw"], speed["actdb, lz4"]) / best, 5.0, why=IN_MEMORY),
+    )
     header = ("stream", "rows/s", "clumping")
     return Table("Shuffled stream", note(__doc__) + missing("datasets"), header, rows, goals, "rows/s")
 

@@ -23,7 +23,7 @@ def test_tiny(claim: str, tmp_path: Path) -> None:
 
 
 def test_results_are_written(tmp_path: Path) -> None:
-    goals = (Goal("speed", 2.0, 1.5), Goal("size", 2.0, 1.5, "MiB", at_least=False))
+    goals = (Goal("speed", 2.0, 1.5), Goal("size", 2.0, 1.5, "MiB", at_least=False, why="it grows"))
     table = Table(
         "Made up", "A note.", ("way", "speed"), [("actdb", 2.0), ("other", 0.5), ("third", "")], goals, "speed"
     )
@@ -33,7 +33,7 @@ def test_results_are_written(tmp_path: Path) -> None:
     command.write_results(tmp_path)
     text = (tmp_path / "RESULTS.md").read_text()
     assert text.count("| speed | 2 × | ≥ 1.5 × | yes |") == 2
-    assert "| size | 2 MiB | ≤ 1.5 MiB | no |" in text
+    assert "| size | 2 MiB | ≤ 1.5 MiB | no: 1.33 × that; it grows |" in text
     assert text.index("then") < text.index("now")
     assert (tmp_path / "plots" / "harvest.png").stat().st_size > 1000
 
