@@ -1,6 +1,7 @@
 """Selections against NumPy indexing, and the reads that they cost."""
 
 import os
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from crc32c import crc32c
 from hooked import Written, write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import actdb
+from actdb.schema import SiteSpec
 from actdb.selection.plan import plan_reads
+from actdb.storage import codecs
+from actdb.storage.shards import ShardReader
 
 LAYERS = (0, 2, 5)
 
@@ -462,8 +467,6 @@ def test_threads_read_what_one_reads(made: tuple[actdb.Run, Written]) -> None:
 )
 @settings(deadline=None)
 def test_plans_cover_their_ranges(ranges: list[tuple[int, int]], chunk: int) -> None:
-    from actdb.schema import SiteSpec
-
     spec = SiteSpec(
         "x", "x", ("layer", "row", "d"), (1, 80, 3), (1, 16, 3), (1, chunk, 3), "float32", "raw", None, (0,)
     )
@@ -508,3 +511,35 @@ def test_one_prompt_reads_as_several_do(made: tuple[actdb.Run, Written]) -> None
                         assert np.array_equal(values, several.numpy())
                         assert reader.n_reads - before == n_reads
                         assert one.shape == values.shape
+
+
+@given(
+    st.permutations(range(12)),
+    st.lists(st.integers(0, 40), min_size=12, max_size=12),
+    st.integers(0, 5),
+    st.integers(1, 7),
+)
+@settings(deadline=None, max_examples=40)
+def test_raw_chunks_at_any_spacing_read_again(order: list[int], gaps: list[int], first: int, count: int) -> None:
+    """A second scan copies verified chunks together: in any order in the file, equally spaced or not."""
+    spec = SiteSpec("x", "x", ("layer", "row", "d"), (2, 24, 3), (2, 24, 3), (1, 4, 3), "float16", "raw", None, (0, 1))
+    values = np.random.default_rng(0).standard_normal((2, 24, 3)).astype(np.float16)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "0")
+        content, index = bytearray(), np.zeros((12, 2), "<u8")
+        for chunk, gap in zip(order, gaps, strict=True):
+            payload, crc = codecs.encode(values[chunk // 6, chunk % 6 * 4 : chunk % 6 * 4 + 4].copy(), "raw")
+            content += bytes(gap)
+            index[chunk] = len(content), len(payload) + len(crc)
+            content += bytes(payload) + crc
+        tail = index.tobytes()
+        path.write_bytes(bytes(content) + tail + crc32c(tail).to_bytes(4, "little"))
+        reader, begin = ShardReader(str(path), spec), min(first, 6 - min(count, 6))
+        out = np.empty((min(count, 6) * 4, 3), np.float16)
+        assert not reader.copy_whole(begin, out)  # nothing is verified yet
+        for place in range(min(count, 6)):
+            reader.copy(begin + place, 0, out[place * 4 : place * 4 + 4])
+        assert np.array_equal(out, values[0, begin * 4 : begin * 4 + len(out)])
+        out[:] = 0
+        assert reader.copy_whole(begin, out)
+        assert np.array_equal(out, values[0, begin * 4 : begin * 4 + len(out)])

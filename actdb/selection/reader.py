@@ -1,5 +1,6 @@
 """Carrying a read plan out: shards opened once, chunks decoded into place, many chunks in threads."""
 
+import itertools
 import os
 import resource
 import threading
@@ -140,14 +141,27 @@ class SiteReader:
             future.result()
 
     def _join(self, out: npt.NDArray[np.generic], plane: int, reads: Sequence[ChunkRead]) -> None:
-        """Fill `out` [row, …] with pieces of raw chunks that follow one another."""
-        begin = 0
-        for read in reads:
+        """Fill `out` [row, …] with pieces of raw chunks that follow one another; whole ones of a part together."""
+        begin, place = 0, 0
+        while place < len(reads):
+            read = reads[place]
             shard = self._shards.get(read.part) or self._shard(read.part)
+            chunk, n_whole = plane * self._chunks_a_plane + read.row_chunk, self._n_whole(reads, place)
+            if n_whole > 1 and shard.copy_whole(chunk, out[begin : begin + n_whole * self._chunk_rows]):
+                begin, place = begin + n_whole * self._chunk_rows, place + n_whole
+                continue
             end = begin + read.counts[0]
-            shard.copy(plane * self._chunks_a_plane + read.row_chunk, read.sources[0], out[begin:end])
-            begin = end
+            shard.copy(chunk, read.sources[0], out[begin:end])
+            begin, place = end, place + 1
         self.n_reads += len(reads)
+
+    def _n_whole(self, reads: Sequence[ChunkRead], begin: int) -> int:
+        """Return how many of the reads from `begin` on are whole chunks of one part that follow one another."""
+        first = reads[begin]
+        for n, read in enumerate(itertools.islice(reads, begin, None)):
+            if read.counts[0] != self._chunk_rows or read.row_chunk != first.row_chunk + n or read.part != first.part:
+                return n
+        return len(reads) - begin
 
     def _read_chunk(
         self,

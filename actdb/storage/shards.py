@@ -11,12 +11,14 @@ import fcntl
 import mmap
 import os
 import stat
+from functools import cached_property
 from math import prod
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from crc32c import crc32c
+from numpy.lib.stride_tricks import as_strided
 
 from actdb.errors import DamageError
 from actdb.schema import FileRecord, SiteSpec
@@ -141,7 +143,6 @@ class ShardReader:
             raise self._damage("it is not a regular file")
         self._size = status.st_size
         self._index = self._read_index()
-        self._map: npt.NDArray[np.uint8] | None = None
         self._views: dict[int, npt.NDArray[np.generic]] = {}
         self._verified: set[int] = set()
 
@@ -209,6 +210,28 @@ class ShardReader:
                 raise self._damage(f"chunk {chunk} does not match its checksum")
             self._verified.add(chunk)
 
+    def copy_whole(self, chunk: int, out: npt.NDArray[np.generic]) -> bool:
+        """Copy raw chunks that follow one another, the first being `chunk`, into a C-contiguous array [row, …].
+
+        Chunks that lie equally spaced in the file, as those of a plane mostly do, are one strided copy out of the map:
+        a copy a chunk would spend more time in Python than in memory. Returns False, without a copy, where a chunk is
+        absent or was not verified before.
+        """
+        target = out.reshape(-1).view(np.uint8).reshape(-1, self._chunk_bytes)
+        if not self._verified.issuperset(range(chunk, chunk + len(target))):
+            return False
+        offsets = self._index["offset"][chunk : chunk + len(target)].tolist()
+        begin = 0
+        while begin < len(offsets):
+            end = begin + 1
+            while end < len(offsets) and offsets[end] - offsets[end - 1] == offsets[begin + 1] - offsets[begin]:
+                end += 1
+            space = offsets[begin + 1] - offsets[begin] if end > begin + 1 else 0
+            first = self._mapped[offsets[begin] : offsets[begin] + self._chunk_bytes]
+            target[begin:end] = as_strided(first, (end - begin, self._chunk_bytes), (space, 1), writeable=False)
+            begin = end
+        return True
+
     def check(self, chunk: int) -> None:
         """Verify a chunk's checksum; one that is absent has none."""
         if self._extent(chunk)[1]:
@@ -223,12 +246,15 @@ class ShardReader:
         self._verified.add(chunk)
         if size - codecs.CRC_BYTES != self._chunk_bytes:
             raise self._damage(f"chunk {chunk} has {size - codecs.CRC_BYTES} bytes instead of {self._chunk_bytes}")
-        if self._map is None:
-            self._map = np.frombuffer(mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
-        payload = self._map[offset : offset + self._chunk_bytes]
+        payload = self._mapped[offset : offset + self._chunk_bytes]
         view = payload.view(self._spec.dtype).reshape(self._spec.chunk_shape[self._spec.axis :])
         self._views[chunk] = view
         return view
+
+    @cached_property
+    def _mapped(self) -> npt.NDArray[np.uint8]:
+        """The whole file, mapped when it is first wanted."""
+        return np.frombuffer(mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
 
     def _extent(self, chunk: int) -> tuple[int, int]:
         """Return a chunk's offset and size, (0, 0) where it is absent."""
