@@ -6,7 +6,7 @@ arrays. Importing this package imports neither torch nor zarr nor duckdb; each i
 
 from typing import TYPE_CHECKING
 
-from actdb.database import Database, harvest, hooked, open, save_model
+from actdb.database import Database, harvest, hooked, load_model, open, save_model
 from actdb.errors import (
     ActdbError,
     ActivationsError,
@@ -54,6 +54,7 @@ __all__ = [
     "harvest",
     "hooked",
     "import_activations",
+    "load_model",
     "open",
     "save_model",
 ]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pyarrow
 
     from actdb.neighbors.index import IndexRecord
-    from actdb.neighbors.result import Neighbors
+    from actdb.neighbors.result import Nearest, Neighbors
 
 MODES = ("r", "a")
 RESULT_COLUMNS = ("low", "high", "n", "seed", "null", "gold", "claimed", "verdict")
@@ -45,6 +45,31 @@ def save_model(module: Any, folder: str | os.PathLike[str]) -> None:
     from actdb.harvesting import native
 
     native.save_model(module, folder)
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    random_init: int | None = None,
+    processing: str = "raw",
+) -> Any:
+    """Load a model by name or from a folder, as a harvest does, for interventions and for several harvests.
+
+    Returns a module with TransformerLens HookPoints that `harvest` and `hooked` take; its `tokenizer` is the one found
+    or given, None where there is none. The keywords are those of `harvest`. Raises `ModelError` and `SettingError` as
+    `harvest` does.
+    """
+    from actdb.harvesting import models
+
+    loaded = models.load_model(
+        source, tokenizer=tokenizer, dtype=dtype, device=device, random_init=random_init, processing=processing
+    )
+    module: Any = loaded.module
+    module.tokenizer = loaded.tokenizer
+    return module
 
 
 def hooked(model: Any, hooks: Sequence[tuple[str, Callable[..., Any]]]) -> AbstractContextManager[None]:
@@ -261,7 +286,7 @@ class Database:
         model: Any = None,
         tokenizer: Any = None,
         device: str | None = None,
-    ) -> "catalog.QueryResult":
+    ) -> "Nearest":
         """Return the stored rows nearest to a query: run, rank, prompt_id, pos, distance, token, context, labels.
 
         The query is a stored row (`prompt` and `pos`), a `vector` [width], or a `text`, run through the run's model
@@ -272,8 +297,9 @@ class Database:
         `exclude_within` from it.
 
         Before the metric come `map`: final_norm, unembed (‖W_Uᵀ Δ‖), or both; and a subspace: the columns `subspace`
-        (begin, end) of the rotation `partition` [width, width]. An index made for the same comparison answers, unless
-        `exact` or a radius is asked for; without one, every row is read and compared, on a GPU where there is one.
+        (begin, end) of the rotation `partition` [width, width]; of one kept by `add_partition`, a subspace's number.
+        An index made for the same comparison answers, and the result has its `recall`, unless `exact` or a radius is
+        asked for; without one, every row is read and compared, on a GPU where there is one.
 
         Raises `SettingError` for what does not fit, `SelectionError` for rows that are not there, `StaleIndexError`
         for an index that no longer fits the run.

@@ -105,6 +105,23 @@ def test_a_state_of_another_training_is_refused(tmp_path: Path) -> None:
         start(TinyModel(), state=tmp_path / "state.pt", identity={"seed": 1, "rate": 0.2})
 
 
+def test_a_state_beyond_what_is_asked_for_is_refused(tmp_path: Path) -> None:
+    start(TinyModel(), state=tmp_path / "state.pt")
+    optimizer = torch.optim.AdamW(TinyModel().parameters())
+    with pytest.raises(actdb.SettingError, match="at step 20, beyond the 10"):
+        train(TinyModel(), loss_of, optimizer=optimizer, n_steps=10, state=tmp_path / "state.pt")
+
+
+def test_a_visit_that_returns_true_ends_the_training(tmp_path: Path) -> None:
+    for _ in range(2):  # the second call finds the state, visits once more and ends again
+        model = TinyModel()
+        losses = start(
+            model, checkpoints=(5, 10), visit=lambda step: step >= 10, state=tmp_path / "state.pt", save_every=3
+        )
+        assert losses.shape == (10,)
+        assert (losses > 0).all()
+
+
 def test_a_gradient_is_clipped() -> None:
     model = TinyModel()
     before = weights_of(model)

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from hooked import Server, files_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformer_lens import ActivationCache
 
@@ -131,14 +133,14 @@ def test_the_model_is_read_off_the_shapes(tmp_path: Path, tensors: Tensors) -> N
         assert db.sql(query).fetchone() == (wanted,)
 
 
-def padded(tensors: Tensors, n_pos: int, *, left: bool) -> Tensors:
+def padded(tensors: Tensors, n_pos: int, *, left: bool, lengths: Sequence[int] = LENGTHS) -> Tensors:
     """Move every prompt to one end of `n_pos` positions, and fill the pads with NaN: they must never be looked at."""
     moved = {}
     for name, tensor in tensors.items():
         pattern = name.endswith("hook_pattern")
         shape = (*tensor.shape[:2], n_pos, n_pos) if pattern else (len(tensor), n_pos, *tensor.shape[2:])
         moved[name] = tensor.new_full(shape, torch.nan)
-        for row, n in enumerate(LENGTHS):
+        for row, n in enumerate(lengths):
             place = slice(n_pos - n, n_pos) if left else slice(n)
             if pattern:
                 moved[name][row, :, place, place] = tensor[row, :, :n, :n]
@@ -155,6 +157,31 @@ def test_pads_on_either_side(tmp_path: Path, few: Tensors, left: bool, n_pos: in
     run = actdb.import_activations(path, prompts(), tmp_path / "x.actdb", **options)
     assert run.info.causal
     check(run, few)
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_any_lengths_and_shapes(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    lengths = data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=7))
+    batch, longest, generator = len(lengths), max(lengths), torch.Generator().manual_seed(len(lengths))
+    dtype = data.draw(st.sampled_from([torch.float16, torch.float32, torch.bfloat16]))
+    n_heads, width = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
+    shapes = {"blocks.0.attn.hook_z": (n_heads, width), "blocks.1.attn.hook_z": (n_heads, width), "hook_embed": (7,)}
+    tensors = {name: torch.randn(batch, longest, *s, generator=generator).to(dtype) for name, s in shapes.items()}
+    pattern = torch.rand(batch, n_heads, longest, longest, generator=generator).to(dtype)
+    causal = data.draw(st.booleans())
+    tensors["blocks.1.attn.hook_pattern"] = pattern.tril() if causal else pattern
+    left, n_pos = data.draw(st.booleans()), longest + data.draw(st.integers(0, 3))
+    folder = tmp_path_factory.mktemp("any")
+    path = save(
+        padded(tensors, n_pos, left=left, lengths=lengths),
+        folder / data.draw(st.sampled_from(["c.pt", "c.safetensors"])),
+    )
+    options: dict[str, Any] = {"pad_to": n_pos, "part_tokens": data.draw(st.sampled_from([None, 1, 12]))}
+    options |= {"padding": "left" if left else "right", "codec": data.draw(st.sampled_from(["lz4", "raw"]))}
+    run = actdb.import_activations(path, prompts(lengths), folder / "x.actdb", **options)
+    assert run.info.causal == (causal or longest == 1)
+    check(run, tensors, lengths)
 
 
 def test_one_prompt_without_a_batch_axis(tmp_path: Path, bridge: Callable[..., Any]) -> None:
@@ -384,13 +411,15 @@ def test_damaged_parts_are_imported_again(tmp_path: Path, few: Tensors) -> None:
 
 def test_import_command(tmp_path: Path, few: Tensors, capsys: pytest.CaptureFixture[str]) -> None:
     path, given = str(save(few, tmp_path / "c.pt")), write_prompts(tmp_path / "p.jsonl")
+    options = ["--run", "mine", "--layers", "1", "--part-tokens", "15"]
     with pytest.raises(SystemExit) as ended:
-        main(["import", path, given, "-o", str(tmp_path / "x.actdb"), "--run", "mine", "--layers", "1"])
+        main(["import", path, given, "-o", str(tmp_path / "x.actdb"), *options])
     assert ended.value.code == 0
     said = capsys.readouterr()
     assert said.out == ""
     assert "x.actdb: run mine complete, 6 prompts, sites z, pattern, embed" in said.err
     with actdb.open(tmp_path / "x.actdb") as db:
+        assert db.run("mine").info.n_parts == 4
         check(db.run("mine"), {name: tensor for name, tensor in few.items() if "blocks.0" not in name})
     torch.save(ActivationCache({}, None), path)
     with pytest.raises(SystemExit) as ended:

@@ -91,7 +91,7 @@ def barred(prompt: Array, pos: Array, *, exclude_prompt: bool, exclude_within: i
 # Every row's neighbours, and those of one.
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**16),
     metric=st.sampled_from(METRICS),

@@ -1,6 +1,7 @@
 """FAISS indexes of stored rows: held to exact search, killed and gone on with, refused where they do not fit."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 
 import actdb
 from actdb.cli import cli
-from actdb.errors import DamageError, SettingError, StaleIndexError, WriteError
+from actdb.errors import DamageError, SettingError, SpaceError, StaleIndexError, WriteError
 from actdb.neighbors import build, library
 from actdb.neighbors.metric import METRICS
 from tests.hooked import TinyModel, random_prompts
@@ -166,7 +167,7 @@ CHILD = """
 import os, signal, sys
 from actdb.neighbors import build, library
 import actdb
-build.BLOCK_ROWS, build.CHECKPOINT_S = 64, 0.0
+build.BLOCK_ROWS, build.CHECKPOINT_S, build.SAVING_SHARE = 64, 0.0, 1e9
 left = int(sys.argv[2])
 write = library.write_index
 def counted(index, path):
@@ -273,6 +274,21 @@ def test_damage_is_refused_and_repaired(tmp_path: Path, what: str) -> None:
         assert rows_of(db.nearest("resid_post", **PLACE, vector=VECTOR)) == truth
 
 
+def test_a_full_disk(tmp_path: Path) -> None:
+    path = make(tmp_path / "x.actdb")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with actdb.open(path, mode="a") as db:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+            with pytest.raises(SpaceError, match="no space left while writing .*x.actdb/indexes/tiny/neighbors"):
+                db.index("resid_post", **PLACE)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        (folder,) = (path / "indexes" / "tiny" / "neighbors").iterdir()
+        assert list(folder.iterdir()) == []
+        assert db.index("resid_post", **PLACE).recall == 1
+
+
 def test_a_database_open_for_reading_gets_no_index(path: Path) -> None:
     with actdb.open(path) as db, pytest.raises(WriteError, match="open it with mode='a' to make an index"):
         db.index("resid_post", **PLACE)
@@ -333,9 +349,11 @@ def test_index_on_the_command_line(tmp_path: Path) -> None:
     listed = CliRunner().invoke(cli, ["info", str(path), "--format", "csv"])
     assert shown in listed.stdout
     asked = ["nearest", str(path), "z", "--layer", "1", "--head", "0", "--prompt", "2", "--pos", "0"]
-    outputs = [CliRunner().invoke(cli, [*asked, "--where", "kind = 'a'", *more]).stdout for more in ([], ["--exact"])]
-    assert outputs[0] == outputs[1]
-    assert outputs[0].count("\n") == 11
+    by_index, exact = (CliRunner().invoke(cli, [*asked, "--where", "kind = 'a'", *more]) for more in ([], ["--exact"]))
+    assert by_index.stdout == exact.stdout
+    assert by_index.stdout.count("\n") == 11
+    assert "by an index of recall@10 1.000; --exact compares every row" in by_index.stderr
+    assert exact.stderr == ""
     removed = CliRunner().invoke(cli, ["rm", str(path), "--run", "tiny"])
     assert removed.exit_code == 0, removed.output
     assert list((path / "indexes").iterdir()) == []

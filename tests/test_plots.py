@@ -203,7 +203,7 @@ def test_labels_are_thinned_out() -> None:
         [np.eye(n)], titles=["long"], tokens=[f"token{i}" for i in range(n)], title="many tokens"
     )
     labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
-    assert 20 <= len(labels) <= style.MAX_LABELS
+    assert 20 <= len(labels) <= 60
     assert labels[1] == f"token{-(-n // len(labels))}"
     assert_legible(figure)
 
@@ -225,10 +225,11 @@ def test_odd_tokens_are_drawn(tmp_path: Path) -> None:
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels[:6] == ["<s>", "·the", "↵", "⇥", "$x$", "a$b"]
     assert len(set(labels)) == n
+    assert not any(text.get_parse_math() for text in drawn_texts(figure) if "$" in text.get_text())
     plots.save_figure(figure, tmp_path / "odd.svg")
 
 
-@given(st.lists(st.text(max_size=4), max_size=20))
+@given(st.lists(st.text(st.sampled_from(" \n\t·↵⇥∅\\ntx2d7b") | st.characters(), max_size=3), max_size=30))
 def test_visible_texts_stay_apart(found: list[str]) -> None:
     shown = [style.visible(text) for text in found]
     assert len(set(shown)) == len(set(found))
@@ -326,6 +327,16 @@ def test_the_attention_page_shows_what_a_token_attends_to(db: actdb.Database, tm
     picture = np.array(shown["pictures"][4], np.uint8).reshape(len(TOKENS), len(TOKENS), 4)
     assert (picture[np.triu_indices(len(TOKENS), 1)] == 255).all()
     assert not (picture[np.tril_indices(len(TOKENS))] == 255).all(-1).any()
+    assert "MOST_PIXELS = 96" in page
+    shown = show(page.replace("MOST_PIXELS = 96", "MOST_PIXELS = 7"), [], tmp_path)
+    block = -(-len(TOKENS) // 7)
+    colours = np.frombuffer(bytes.fromhex(page_data(page)["colours"]), np.uint8).reshape(256, 3)
+    starts = range(0, len(TOKENS), block)
+    squares = [[unpacked(page_data(page), 4)[q : q + block, k : k + block] for k in starts] for q in starts]
+    highest = np.array([[square.max() for square in line] for line in squares])
+    picture = np.array(shown["pictures"][4], np.uint8).reshape(len(starts), len(starts), 4)
+    wanted = np.where(np.tri(len(starts))[..., None] > 0, colours[np.rint(255 * highest).astype(int)], 255)
+    assert np.array_equal(picture[..., :3], wanted)
 
 
 @pytest.mark.skipif(NODE is None, reason="needs node")
@@ -408,7 +419,11 @@ def test_contexts_are_cut_on_both_sides(tmp_path: Path) -> None:
 # Lens
 
 
-def test_the_lens_is_the_models_own(db: actdb.Database, computed: dict[str, np.ndarray]) -> None:
+@pytest.mark.parametrize("block_values", [2**24, 150])
+def test_the_lens_is_the_models_own(
+    db: actdb.Database, computed: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch, block_values: int
+) -> None:
+    monkeypatch.setattr("actdb.plots.logit_lens.BLOCK_VALUES", block_values)
     wanted = softmax(computed["lens"])
     final = softmax(computed["logits"])
     assert np.allclose(final, wanted[-1], atol=1e-6)
@@ -418,6 +433,8 @@ def test_the_lens_is_the_models_own(db: actdb.Database, computed: dict[str, np.n
         figure = plots.lens(db, LONGEST, colour=colour, run="mlp")
         assert np.allclose(images(figure)[0], values, atol=1e-4)
         assert_legible(figure)
+    low, high = figure.axes[0].get_ylim()
+    assert low < high  # the last layer is the highest
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     width = figure.axes[0].get_window_extent(renderer).width / len(TOKENS)
     assert all(text.get_window_extent(renderer).width < width for text in figure.axes[0].texts)

@@ -53,6 +53,7 @@ def export(
 @click.option("--store", metavar="float16|float32", help="What is kept; default: what holds the values exactly.")
 @click.option("--codec", default="lz4", metavar="lz4|raw", help="As for harvest.")
 @click.option("--precision", type=int, metavar="BITS", help="Round to this many mantissa bits; the error is recorded.")
+@click.option("--part-tokens", type=int, metavar="N", help="Tokens of a part; default: about 1 GiB.")
 @click.option("--tokenizer", metavar="NAME|FOLDER", help="A tokenizer, for prompts given as text.")
 @click.option("--no-bos", "bos", flag_value=False, default=True, show_default=False, help="Text has no BOS before it.")
 def import_(path: Path, prompts: Path, out: Path, **options: Any) -> None:

@@ -99,3 +99,5 @@ def nearest(
     with Database(database) as db:
         result = db.nearest(site, run=run, **options)
         emit(result.columns, result.arrow(), format, output)
+        if result.recall is not None:
+            click.echo(f"by an index of recall@10 {result.recall:.3f}; --exact compares every row", err=True)

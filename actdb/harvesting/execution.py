@@ -23,9 +23,10 @@ from actdb.harvesting.sites import LOGITS, HarvestSite
 from actdb.harvesting.statistics import PartStatistic
 from actdb.harvesting.statistics.choice import Constants, Points, make_statistics
 from actdb.harvesting.trial import check_lens, check_memory, check_range, make_batch
-from actdb.harvesting.weights import model_readout, output_grams, output_weights
+from actdb.harvesting.weights import WEIGHTS, model_readout, output_grams, output_weights
 from actdb.schema import Commit, RunInfo
 from actdb.storage import commits, verify
+from actdb.storage.arrays import ARRAYS
 from actdb.storage.folder import Folder, readable_bytes
 
 MEBIBYTE = 1024**2
@@ -74,14 +75,21 @@ def fill_run(
         _check_space(Path(out), harvest, range(harvest.info.n_parts))
         before()
     folder = Folder.create(out)
-    folder.sweep()
+    own = _own_folders(harvest)
+    folder.sweep(*own)
     info = claim_run(folder, harvest)
     missing, damaged = _pending(folder, harvest)
     pending = [*missing, *damaged]
     _check_space(folder.root, harvest, pending)
     if pending:
         compute(folder, replace(harvest, info=info), sorted(pending), set(damaged))
-    folder.sweep()
+    folder.sweep(*own)
+
+
+def _own_folders(harvest: Harvest) -> list[str]:
+    """Return where a run's files lie: to look through those of all runs would cost more with each further run."""
+    name, sha256 = harvest.info.name, harvest.info.plan["weights_sha256"]
+    return [f"{commits.RUNS}/{name}", f"{ARRAYS}/{name}", *([f"{WEIGHTS}/{sha256}"] if sha256 else [])]
 
 
 def _pending(folder: Folder, harvest: Harvest) -> tuple[list[int], list[int]]:

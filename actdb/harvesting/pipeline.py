@@ -182,7 +182,7 @@ class Writers:
         self._held: list[tuple[SiteShard, Sequence[Chunk]]] = []
         self._held_bytes = 0
         self._error: BaseException | None = None
-        self.open_parts: set[PartWriter] = set()
+        self.open_parts: set[PartWriter] = set()  # those that are begun and not committed
         self._pending = 0
         self._pending_parts = 0
         self._room = threading.Condition()

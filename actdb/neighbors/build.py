@@ -1,6 +1,6 @@
-"""Building an index: rows streamed from the store part by part, killed at any moment and gone on with.
+"""Building an index: rows streamed from the store in blocks, killed at any moment and gone on with.
 
-An index that grows is written down after some parts, under a name that says how many; the same call goes on from there.
+An index that grows is written down now and then, under a name that says up to which row; the same call goes on there.
 Some rows are held out until the end: the index is asked for their neighbours before it holds them, and searches as
 widely as the recall aimed at needs, and as it takes to lead hardly a query astray.
 """
@@ -33,13 +33,15 @@ from actdb.schema import digest
 from actdb.storage.folder import Folder, file_record
 
 CHECKPOINT_S = 30.0
+SAVING_SHARE = 0.1
+"""Share of the time that may go into writing it down."""
 BLOCK_ROWS = 4096
 HELD_ROWS = 512
 ASTRAY = 0.005
 """Share of queries that may find less than half of what is aimed at: a graph misleads few, but those wholly."""
 RECALL_K = 10
 SEED = 0
-UNFINISHED = re.compile(r"building-(?P<stamp>[0-9a-f]{12})-(?P<parts>[0-9]{6})\.faiss")
+UNFINISHED = re.compile(r"building-(?P<stamp>[0-9a-f]{12})-(?P<rows>[0-9]{12})\.faiss")
 Ints = npt.NDArray[np.int64]
 Progress = Callable[[int, int], None]
 
@@ -98,8 +100,8 @@ class _Build:
     def run(self) -> IndexRecord:
         """Build, measure, publish; remove what is left of earlier builds."""
         started = time.monotonic()
-        index, n_parts = self._resume()
-        self._add_parts(index, n_parts)
+        index, n_done = self._resume()
+        self._add_rows(index, n_done)
         breadth, recall = self._tune(index)
         index.add(self.rows.take(self.held))
         record = self._publish(index, breadth, recall, time.monotonic() - started)
@@ -121,12 +123,12 @@ class _Build:
         return digest([self.rows.digest, self.design.to_json(), library.load_faiss().__version__])[:12]
 
     def _resume(self) -> tuple[Any, int]:
-        """Return the index so far, trained, and how many parts it holds."""
+        """Return the index so far, trained, and how many rows were added or held out."""
         files = [UNFINISHED.fullmatch(file) for file in self.folder.names(self.name)]
-        found = sorted((int(m["parts"]), m[0]) for m in files if m and m["stamp"] == self.stamp)
-        for n_parts, file in reversed(found):
+        found = sorted((int(m["rows"]), m[0]) for m in files if m and m["stamp"] == self.stamp)
+        for n_done, file in reversed(found):
             try:
-                return library.read_index(self.folder.inside(f"{self.name}/{file}"), self.design), n_parts
+                return library.read_index(self.folder.inside(f"{self.name}/{file}"), self.design), n_done
             except DamageError:
                 self.folder.path(f"{self.name}/{file}").unlink()
         index = library.make_index(self.design, self.rows.width, self.rows.metric)
@@ -138,26 +140,26 @@ class _Build:
             self._save(index, 0)
         return index, 0
 
-    def _add_parts(self, index: Any, n_done: int) -> None:
-        """Add the rows of the parts that it lacks, and write it down now and then."""
-        borders = self.rows.part_ends
-        held = np.zeros(len(self.rows), np.bool_)
+    def _add_rows(self, index: Any, n_done: int) -> None:
+        """Add the rows from `n_done` on, those held out left out, and write the index down now and then."""
+        n = len(self.rows)
+        held = np.zeros(n, np.bool_)
         held[self.held] = True
-        saved = time.monotonic()
-        for part in range(n_done, len(borders)):
-            first = int(borders[part - 1]) if part else 0
-            for begin in range(first, int(borders[part]), BLOCK_ROWS):
-                end = min(begin + BLOCK_ROWS, int(borders[part]))
-                index.add(np.ascontiguousarray(self.rows.read(begin, end)[~held[begin:end]]))
-                if self.progress is not None:
-                    self.progress(end, len(self.rows))
-            if time.monotonic() - saved >= CHECKPOINT_S and part + 1 < len(borders):
-                self._save(index, part + 1)
+        saved, pause = time.monotonic(), CHECKPOINT_S
+        for begin in range(n_done, n, BLOCK_ROWS):
+            end = min(begin + BLOCK_ROWS, n)
+            index.add(np.ascontiguousarray(self.rows.read(begin, end)[~held[begin:end]]))
+            if self.progress is not None:
+                self.progress(end, n)
+            started = time.monotonic()
+            if started - saved >= pause and end < n:
+                self._save(index, end)
                 saved = time.monotonic()
+                pause = max(CHECKPOINT_S, (saved - started) / SAVING_SHARE)
 
-    def _save(self, index: Any, n_parts: int) -> None:
+    def _save(self, index: Any, n_done: int) -> None:
         """Write down an unfinished index, in place of the one before."""
-        name = f"{self.name}/building-{self.stamp}-{n_parts:06d}.faiss"
+        name = f"{self.name}/building-{self.stamp}-{n_done:012d}.faiss"
         self.folder.make_parent(name)
         with self.folder.temporary(name) as path:
             library.write_index(index, path)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from actdb.errors import DamageError, SettingError, WriteError
+from actdb.errors import DamageError, SettingError
+from actdb.storage.folder import write_error
 
 KINDS = ("flat", "ivf", "hnsw", "ivfpq")
 FLAT_ROWS = 50_000
@@ -22,11 +23,11 @@ POINTS_A_LIST = 39
 PQ_ROWS = POINTS_A_LIST * 256
 CODE_VALUES = 8
 """Values that one byte of a product-quantised vector stands for."""
-BREADTH = {"ivf": "nprobe", "ivfpq": "nprobe", "hnsw": "efSearch"}
 LARGEST_EF = 2048
 CANDIDATES = {"ivfpq": 8}
 """Candidates for each neighbour asked for: their distances are computed anew from the stored rows."""
 GPU_KINDS = ("flat", "ivf")
+BUFFER_BYTES = 1024**2
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
@@ -120,15 +121,32 @@ def search_index(index: Any, queries: Floats, k: int) -> Ints:
 
 
 def write_index(index: Any, path: Path) -> None:
-    """Write an index to a file and sync it; raises `WriteError`."""
+    """Write an index to a file and sync it; raises `SpaceError` or `WriteError`.
+
+    FAISS itself would leave the last buffer unwritten on a full disk without a word.
+    """
     faiss = load_faiss()
     plain = faiss.index_gpu_to_cpu(index) if _on_gpu(index) else index
+    failures: list[OSError] = []
     try:
-        faiss.write_index(plain, str(path))
-        with open(path, "rb") as file:
+        with open(path, "wb", buffering=0) as file:
+
+            def write(block: bytes) -> None:
+                try:
+                    while block and not failures:
+                        block = block[file.write(block) :]
+                except OSError as exc:
+                    failures.append(exc)  # an exception must not pass through FAISS
+
+            sink = faiss.PyCallbackIOWriter(write)
+            buffer = faiss.BufferedIOWriter(sink, BUFFER_BYTES)
+            faiss.write_index(plain, buffer)
+            del buffer  # which writes what it still holds
             os.fsync(file.fileno())
-    except (RuntimeError, OSError) as exc:
-        raise WriteError(f"cannot write index {path.parent}: {_reason(exc)}") from exc
+            for failure in failures:
+                raise failure
+    except OSError as exc:
+        raise write_error(exc, str(path.parent)) from exc
 
 
 def read_index(path: str, design: Design) -> Any:

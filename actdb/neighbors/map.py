@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,10 @@ NORM_WEIGHTS = ("ln_final.w", "ln_final.b")
 GRAM_COLUMNS = 8192
 ORTHOGONAL_TOLERANCE = 1e-3
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 Range = tuple[int, int]
+_grams: "WeakKeyDictionary[Run, Doubles]" = WeakKeyDictionary()
+"""W_U W_Uᵀ of the runs in use: of gpt2-small it takes a second."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def make_map(
     final_norm is the run's final norm. `rotation` [width, n ≤ width] has orthonormal columns, of which the range
     `columns` spans a subspace: rows become their coordinates there. unembed makes lengths those of the logits: with
     W_U [d_model, d_vocab] and G = W_U W_Uᵀ = F Fᵀ, ‖Δ F‖ = ‖Δ W_U‖, where F is d_model wide; in a subspace, G is
-    restricted to it. Costs one pass over W_U.
+    restricted to it. Costs one pass over W_U the first time.
 
     Raises `SettingError` for an unknown map or a matrix that is no rotation, `SelectionError` where the run lacks the
     weights.
@@ -121,18 +125,26 @@ def _final_norm(run: "Run", width: int) -> Readout:
     return Readout.make({"unembed.W_U": None, **weights}, run.info.model)
 
 
-def _unembedding_factor(run: "Run", width: int, basis: Floats | None) -> npt.NDArray[np.float64]:
-    """Return F with F Fᵀ = Bᵀ W_U W_Uᵀ B, by blocks of tokens; B is the basis, or nothing."""
-    unembedding = run.weight("W_U")
-    _check_width("unembed", len(unembedding), width)
-    gram = np.zeros((width, width))
-    for begin in range(0, unembedding.shape[1], GRAM_COLUMNS):
-        block = np.asarray(unembedding[:, begin : begin + GRAM_COLUMNS], np.float64)
-        gram += block @ block.T
+def _unembedding_factor(run: "Run", width: int, basis: Floats | None) -> Doubles:
+    """Return F with F Fᵀ = Bᵀ W_U W_Uᵀ B; B is the basis, or nothing."""
+    gram = _grams.get(run)
+    if gram is None:
+        gram = _grams.setdefault(run, _unembedding_gram(run))
+    _check_width("unembed", len(gram), width)
     if basis is not None:
         gram = basis.T.astype(np.float64) @ gram @ basis
     values, vectors = np.linalg.eigh(gram)
     return np.asarray(vectors * np.sqrt(np.maximum(values, 0)))
+
+
+def _unembedding_gram(run: "Run") -> Doubles:
+    """Return W_U W_Uᵀ [d_model, d_model], by blocks of tokens."""
+    unembedding = run.weight("W_U")
+    gram = np.zeros((len(unembedding), len(unembedding)))
+    for begin in range(0, unembedding.shape[1], GRAM_COLUMNS):
+        block = np.asarray(unembedding[:, begin : begin + GRAM_COLUMNS], np.float64)
+        gram += block @ block.T
+    return gram
 
 
 def _check_width(name: str, expected: int, width: int) -> None:

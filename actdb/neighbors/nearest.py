@@ -15,12 +15,11 @@ from actdb.neighbors.index import Index, open_index
 from actdb.neighbors.map import make_map
 from actdb.neighbors.partition import read_partition
 from actdb.neighbors.query import Query, make_query
-from actdb.neighbors.result import Neighbors, Sql, nearest_table
+from actdb.neighbors.result import Nearest, Neighbors, Sql, nearest_table
 from actdb.neighbors.row import Plane, Rows, make_plane
 from actdb.storage.folder import Folder
 
 if TYPE_CHECKING:
-    from actdb.catalog import QueryResult
     from actdb.run import Run
 
 DEFAULT_K = 10
@@ -79,7 +78,7 @@ def find_nearest(
     exclude_within: int,
     use_index: bool,
     device: str | None,
-) -> "QueryResult":
+) -> Nearest:
     """Return the rows nearest to a query; see `Database.nearest`."""
     plane = make_plane(run, site, layer=layer, head=head)
     asked = make_query(plane, **query)
@@ -94,7 +93,8 @@ def find_nearest(
         found = index.search(vector, DEFAULT_K if k is None else k, excluded)
     else:
         found = exact.search(rows, vector, DEFAULT_K if k is None else k, excluded, choose_processor(device))
-    return nearest_table(sql, rows, found.numbers[0], found.distances[0])
+    recall = None if index is None else index.record.recall
+    return nearest_table(sql, rows, found.numbers[0], found.distances[0], recall)
 
 
 def find_neighbors(

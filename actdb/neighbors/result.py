@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from actdb.catalog import QueryResult
 from actdb.neighbors.map import map_label
 from actdb.neighbors.row import Rows
 from actdb.schema import digest
@@ -14,20 +15,29 @@ from actdb.schema import digest
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from actdb.catalog import QueryResult
-
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
-Sql = Callable[..., "QueryResult"]
+Sql = Callable[..., QueryResult]
 
 
-def nearest_table(sql: Sql, rows: Rows, numbers: Ints, distances: Floats) -> "QueryResult":
-    """Return found rows, nearest first: run, rank, prompt_id, pos, distance, token, context, then labels."""
+@dataclass(frozen=True)
+class Nearest(QueryResult):
+    """Found rows, nearest first: run, rank, prompt_id, pos, distance, token, context, then labels.
+
+    `recall` is the measured recall@10 of the index that found them, None for an exact search.
+    """
+
+    recall: float | None = None
+
+
+def nearest_table(sql: Sql, rows: Rows, numbers: Ints, distances: Floats, recall: float | None) -> Nearest:
+    """Return found rows with their tokens in context and labels."""
     from actdb.catalog.context import rows_in_context
 
     positions: Sequence[int | None] = rows.pos[numbers].tolist() if rows.has_positions else [None] * len(numbers)
     values = {"distance": ("FLOAT", distances.tolist())}
-    return rows_in_context(sql, rows.plane.run.name, rows.prompt[numbers].tolist(), positions, values)
+    found = rows_in_context(sql, rows.plane.run.name, rows.prompt[numbers].tolist(), positions, values)
+    return Nearest(found.columns, found.types, found._relation, recall=recall)
 
 
 @dataclass(frozen=True)

@@ -161,12 +161,6 @@ class Rows:
         return np.maximum(numbers - exclude_within, begins), np.minimum(numbers + exclude_within + 1, ends)
 
     @cached_property
-    def part_ends(self) -> Ints:
-        """Where the rows of each part end."""
-        parts = self._places // self.plane.source.spec.capacity
-        return np.append(np.flatnonzero(np.diff(parts)) + 1, len(parts))
-
-    @cached_property
     def digest(self) -> str:
         """A digest of which rows these are."""
         return hashlib.sha256(self._places.astype("<i8").tobytes()).hexdigest()

