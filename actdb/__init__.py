@@ -6,7 +6,7 @@ arrays. Importing this package imports neither torch nor zarr nor duckdb; each i
 
 from typing import TYPE_CHECKING
 
-from actdb.database import Database, harvest, hooked, load_model, open, save_model
+from actdb.database import Database, open
 from actdb.errors import (
     ActdbError,
     ActivationsError,
@@ -25,6 +25,7 @@ from actdb.errors import (
     WriteError,
 )
 from actdb.interchange import import_activations
+from actdb.making import harvest, hooked, load_model, save_model
 from actdb.run import Run
 from actdb.selection.streams import Block
 from actdb.selection.view import Selection

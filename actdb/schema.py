@@ -73,7 +73,7 @@ class SiteSpec:
     """How one site of a run is stored: a Zarr array whose planes (one layer, one head) run over rows or entries.
 
     `dims` name the axes: (layer, row, d_model), (layer, head, row, d_head), (layer, head, entry), (row, d_model) or
-    (prompt, feature). `layers` are the model's layer numbers in array order. Shards cover all planes of one part along
+    (prompt, feature); an added site may have more axes after its rows, or none. `layers` are the model's layer numbers in array order. Shards cover all planes of one part along
     the row or entry axis; chunks hold one plane and a range of rows.
     """
 
@@ -87,6 +87,11 @@ class SiteSpec:
     codec: str
     precision: int | None = None
     layers: tuple[int, ...] = ()
+
+    @property
+    def added(self) -> bool:
+        """Whether an analysis added it to the run: it was taken from no hook."""
+        return not self.hook
 
     @cached_property
     def axis(self) -> int:
@@ -198,6 +203,25 @@ class Commit:
             files=tuple(FileRecord.from_json(record) for record in value["files"]),
             sites={str(k): SiteTally(**v) for k, v in value["sites"].items()},
         )
+
+
+@dataclass(frozen=True)
+class AddedSite:
+    """A site that was added to a complete run: its array, and what was written of each part."""
+
+    plan_hash: str
+    spec: SiteSpec
+    commits: tuple[Commit, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form; `from_json` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "AddedSite":
+        """Read and check a stored record; raises `ValueError` on anything malformed."""
+        commits = tuple(Commit.from_json(commit) for commit in value["commits"])
+        return cls(str(value["plan_hash"]), SiteSpec.from_json(value["spec"]), commits)
 
 
 @dataclass(frozen=True)

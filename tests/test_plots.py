@@ -16,6 +16,7 @@ import pytest
 from hooked import TinyModel, random_prompts
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib import colormaps
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
@@ -237,6 +238,22 @@ def test_visible_texts_stay_apart(found: list[str]) -> None:
         assert text
         assert not re.search(r"\s", text)
         assert all(ord(character) in style._characters() for character in text)
+
+
+@pytest.mark.parametrize("text", [" ", "\n", "\t", "", "\x07", "\u4e2d", "\ue000"])
+def test_signs_themselves_are_escaped(text: str) -> None:
+    shown = style.visible(text)
+    assert style.visible(shown) != shown or shown == text
+
+
+def test_text_on_every_colour_has_contrast() -> None:
+    """By the formula of WCAG 2.1, at least 4.5 to 1."""
+    for name in (style.COLOURS, style.DIVERGING):
+        for colour in colormaps[name](np.linspace(0, 1, 256))[:, :3]:
+            linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+            luminance = linear @ [0.2126, 0.7152, 0.0722]
+            contrast = (luminance + 0.05) / 0.05 if style.ink(colour) == "black" else 1.05 / (luminance + 0.05)
+            assert contrast >= 4.5
 
 
 @given(st.text(max_size=20), st.integers(2, 12))

@@ -19,10 +19,11 @@ from actdb.catalog.names import (
     sql_literal,
     user_names,
 )
+from actdb.catalog.statistics import attribute_heads, compact_top, statistics_rows
 from actdb.catalog.tables import BUILT_IN, PART_TABLES, SCHEMA, Table
 from actdb.catalog.views import VIEWS
 from actdb.errors import DamageError
-from actdb.schema import N_TOP, Commit, FileRecord, SiteSpec, digest
+from actdb.schema import Commit, FileRecord, SiteSpec, digest
 from actdb.storage.commits import RUNS, TABLES, RunSnapshot, Snapshot, read_commit, read_statistics, table_name
 from actdb.storage.folder import Folder
 
@@ -36,8 +37,8 @@ _FILES = (
     " JOIN (SELECT unnest($files) AS _file, unnest($owners) AS owner) s USING (_file)"
 )
 Items = frozenset[tuple[str, str, str]]
-"""What a catalog is made from: (run, name, plan hash), (part, run, number), (statistic, run, part.statistic) and
-(table, name, file)."""
+"""What a catalog is made from: (run, name, plan hash), (part, run, number), (statistic, run, part.statistic),
+(site, run, site.digest) of added ones and (table, name, file)."""
 
 
 def read_items(connection: "duckdb.DuckDBPyConnection") -> Items:
@@ -62,7 +63,8 @@ def snapshot_items(snapshot: Snapshot) -> Items:
     parts = [("part", name, str(part)) for name, run in snapshot.runs.items() for part in run.parts]
     tables = [("table", name, file) for name, files in _user_files(snapshot).items() for file in files]
     later = [("statistic", name, f"{part}.{kind}") for name, part, kind in _later(snapshot)]
-    return frozenset(runs + parts + later + tables)
+    added = [("site", run, f"{site}.{made}") for run, r in snapshot.runs.items() for site, made in r.added_digests.items()]
+    return frozenset(runs + parts + later + added + tables)
 
 
 def _later(snapshot: Snapshot) -> list[tuple[str, int, str]]:
@@ -213,6 +215,7 @@ class Builder:
         query = f"SELECT run, site, {sums} FROM internal.tallies GROUP BY ALL"
         totals = {(run, site): tuple(values) for run, site, *values in self._rows(query)}
         runs = self.snapshot.runs.items()
+        totals |= {(r, name): _added_totals(site) for r, run in runs for name, site in run.added.items()}
         self._replace("sites", [_site_row(r, s, totals.get((r, s.name))) for r, run in runs for s in run.info.sites])
 
     def _fill_prompts(self) -> None:
@@ -288,34 +291,10 @@ class Builder:
         for name, owners in files.items():
             self._load(f"INSERT INTO {name} SELECT {_selected(name)} FROM {_FILES}", owners)
         if "neuron_top" in files:
-            self._compact_top({run for run, _, kinds in new if "neurons" in kinds})
+            compact_top(self.connection, {run for run, _, kinds in new if "neurons" in kinds})
         if {"head_stats", "head_attribution"} & {*files}:
-            self._attribute_heads({run for run, _, kinds in new if {"heads", "lens"} & {*kinds}})
-        self._replace("statistics", _statistics_rows(self.snapshot))
-
-    def _attribute_heads(self, runs: Iterable[str]) -> None:
-        """Fill the direct logit attribution of heads in where both tables have them."""
-        self.connection.execute(
-            "UPDATE head_stats h SET direct_logit_attribution = a.value FROM head_attribution a"
-            " WHERE h.run IN (SELECT unnest($runs::VARCHAR[])) AND h.direct_logit_attribution IS NULL"
-            " AND (h.run, h.prompt_id, h.layer, h.head) = (a.run, a.prompt_id, a.layer, a.head)",
-            {"runs": sorted(runs)},
-        )
-
-    def _compact_top(self, runs: Iterable[str]) -> None:
-        """Keep the highest activations of each neuron over all parts of the runs that have new ones."""
-        self.connection.execute("CREATE OR REPLACE TEMP TABLE fresh_runs (run VARCHAR)")
-        self._insert("temp.fresh_runs", ("VARCHAR",), [(run,) for run in sorted(runs)])
-        fresh = "FROM neuron_top WHERE run IN (SELECT run FROM temp.fresh_runs)"
-        self.connection.execute(
-            "CREATE OR REPLACE TEMP TABLE highest AS SELECT run, layer, neuron, (row_number() OVER "
-            "(PARTITION BY run, layer, neuron ORDER BY value DESC, prompt_id, pos) - 1)::INTEGER AS place, "
-            f"value, prompt_id, pos {fresh} QUALIFY place < {N_TOP}"
-        )
-        self.connection.execute(f"DELETE {fresh}")
-        self.connection.execute("INSERT INTO neuron_top SELECT * FROM temp.highest ORDER BY run, layer, neuron, place")
-        self.connection.execute("DROP TABLE temp.highest")
-        self.connection.execute("DROP TABLE temp.fresh_runs")
+            attribute_heads(self.connection, {run for run, _, kinds in new if {"heads", "lens"} & {*kinds}})
+        self._replace("statistics", statistics_rows(self.snapshot))
 
     def _load(self, query: str, owners: Mapping[str, str]) -> None:
         """Run an INSERT from Parquet files; `owners` names each path's run or prompt set."""
@@ -357,18 +336,6 @@ def _part_tables(statistics: Sequence[str]) -> list[Table]:
     return [table for table in PART_TABLES if table.statistic in statistics]
 
 
-def _statistics_rows(snapshot: Snapshot) -> list[dict[str, Any]]:
-    rows = []
-    for name, run in snapshot.runs.items():
-        counts = {(kind, "activations"): len(run.parts) for kind in run.harvested}
-        counts |= {(kind, "stored"): len({*parts} & {*run.parts}) for kind, parts in run.later.items()}
-        rows += [
-            {"run": name, "statistic": kind, "computed_from": source, "n_parts": n}
-            for (kind, source), n in counts.items()
-        ]
-    return rows
-
-
 def _selected(table: str) -> str:
     """Return a table's columns as read from files that know nothing of their run."""
     return ", ".join(["s.owner", *(f"t.{c.name}" for c in BUILT_IN[table].columns[1:])])
@@ -387,6 +354,12 @@ def _run_row(run: RunSnapshot) -> dict[str, Any]:
         "n_parts": info.n_parts,
         "n_committed": len(run.parts),
     }
+
+
+def _added_totals(site: AddedSite) -> tuple[int, int, float]:
+    tallies = [tally for commit in site.commits for tally in commit.sites.values()]
+    raw_bytes, stored_bytes = sum(t.raw_bytes for t in tallies), sum(t.stored_bytes for t in tallies)
+    return raw_bytes, stored_bytes, max((t.max_abs_error for t in tallies), default=0.0)
 
 
 def _site_row(run: str, site: SiteSpec, totals: tuple[Any, ...] | None) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from actdb.database import Database, harvest, open
+from actdb.database import Database, open
 from actdb.demo import MODEL, PROMPTS
+from actdb.making import harvest
 from actdb.plots import patterns_figure, save_figure
 
 QUERY = """

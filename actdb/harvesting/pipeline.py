@@ -332,13 +332,16 @@ class PartWriter:
                 for name, table in tables.items()
             ]
             commit = self._commit(tuple(files))
-            name = commits.commit_name(self._info.name, self.part)
-            if replace:
-                self._folder.path(name).unlink(missing_ok=True)
-            commits.write_commit(self._folder, self._info.name, commit)
+            self._publish(commit, replace=replace)
         except OSError as exc:
             raise write_error(exc, str(self._folder.root)) from exc
         return commit
+
+    def _publish(self, commit: Commit, *, replace: bool) -> None:
+        name = commits.commit_name(self._info.name, self.part)
+        if replace:
+            self._folder.path(name).unlink(missing_ok=True)
+        commits.write_commit(self._folder, self._info.name, commit)
 
     def _finish_shard(self, site: str, shard: SiteShard) -> FileRecord:
         record = shard.writer.finish(self._names[site])

@@ -64,7 +64,7 @@ class StoredActivations(MutableMapping[str, torch.Tensor]):
         self._run, self._prompts, self._dtype = run, list(prompts), dtype
         self._sites: dict[str, tuple[SiteSpec, int | None]] = {}
         for spec in run.info.sites:
-            if "rank" in spec.dims:
+            if "rank" in spec.dims or spec.added:
                 continue  # the largest weights of a pattern go by the pattern's hook, but are not it
             for layer in spec.layers or (None,):
                 self._sites[spec.hook if layer is None else f"blocks.{layer}.{spec.hook}"] = (spec, layer)

@@ -100,6 +100,7 @@ class _Build:
     def run(self) -> IndexRecord:
         """Build, measure, publish; remove what is left of earlier builds."""
         started = time.monotonic()
+        self.folder.sweep(self.name)
         index, n_done = self._resume()
         self._add_rows(index, n_done)
         breadth, recall = self._tune(index)

@@ -1,9 +1,10 @@
 """Commits: one file a part, created if absent and written last, so that a part is there whole or not at all."""
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from crc32c import crc32c
 
 from actdb.errors import DamageError
-from actdb.schema import HEAD_DIMS, STATISTICS, Commit, FileRecord, RunInfo, digest, seal, unseal
+from actdb.schema import HEAD_DIMS, SITE_NAME, STATISTICS, AddedSite, Commit, FileRecord, RunInfo, digest, seal, unseal
 from actdb.storage import codecs
 from actdb.storage.folder import Folder, file_record
 
@@ -46,6 +47,16 @@ def commit_name(run: str, part: int) -> str:
 def statistics_name(run: str, part: int, statistic: str) -> str:
     """Return the path of the commit of a part's statistics that were computed from stored arrays."""
     return f"{RUNS}/{run}/statistics/{part_name(part)}.{statistic}.json"
+
+
+def added_folder(run: str) -> str:
+    """Return the folder of the commits of sites that were added to a run, one file a site."""
+    return f"{RUNS}/{run}/sites"
+
+
+def added_name(run: str, site: str) -> str:
+    """Return the path of the commit of a site that was added to a run."""
+    return f"{added_folder(run)}/{site}.json"
 
 
 def write_table(folder: Folder, run: str, part: int, table: str, content: Any) -> FileRecord:
@@ -153,6 +164,41 @@ def committed_statistics(folder: Folder, run: str) -> dict[str, list[int]]:
     return found
 
 
+def added_names(folder: Folder, run: str) -> list[str]:
+    """Return the names of the sites that were added to a run, from file names alone."""
+    names = [name.removesuffix(".json") for name in folder.names(added_folder(run)) if name.endswith(".json")]
+    return [name for name in names if SITE_NAME.fullmatch(name)]
+
+
+def write_added(folder: Folder, run: str, added: AddedSite) -> None:
+    """Commit an added site, all its parts at once."""
+    folder.publish(added_name(run, added.spec.name), seal(added.to_json()))
+
+
+def read_added(folder: Folder, info: RunInfo, site: str) -> AddedSite:
+    """Read the commit of an added site; raises `DamageError` where it is malformed or does not fit its run."""
+    name = added_name(info.name, site)
+    path = str(folder.path(name))
+    value = _parse_sealed(folder.read_bytes(name), path)
+    try:
+        added = AddedSite.from_json(value)
+        if added.spec.name != site or added.plan_hash != info.plan_hash or not added.spec.added:
+            raise ValueError(f"it is not site {site!r} of run {info.name!r} as it is now")
+        check_info(replace(info, sites=(*info.sites, added.spec)))
+    except MALFORMED as exc:
+        raise DamageError(f"{path} is damaged: {exc}") from exc
+    return added
+
+
+def read_added_sites(folder: Folder, info: RunInfo) -> dict[str, AddedSite]:
+    """Return the sites that were added to a run; those whose commit is damaged are left out (`verify` names them)."""
+    found = {}
+    for name in added_names(folder, info.name):
+        with contextlib.suppress(DamageError):
+            found[name] = read_added(folder, info, name)
+    return found
+
+
 def committed_parts(folder: Folder, run: str) -> list[int]:
     """Return the numbers of the committed parts, from file names alone."""
     names = folder.names(f"{RUNS}/{run}/commits")
@@ -181,18 +227,25 @@ def _read_commit(folder: Folder, name: str) -> Commit:
 class RunSnapshot:
     """A run and the parts that were committed when the snapshot was taken.
 
-    `later` holds the parts of each kind of statistics that was computed from stored arrays.
+    `later` holds the parts of each kind of statistics that was computed from stored arrays, `added` the sites that
+    were added since; `info.sites` has those too, after the ones that were harvested.
     """
 
     info: RunInfo
     parts: tuple[int, ...]
     later: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    added: Mapping[str, AddedSite] = field(default_factory=dict)
 
     @property
     def harvested(self) -> tuple[str, ...]:
         """Kinds of statistics that were computed in the forward pass."""
         names = self.info.plan.get("statistics")
         return tuple(map(str, names)) if isinstance(names, list | tuple) else ()
+
+    @cached_property
+    def added_digests(self) -> dict[str, str]:
+        """Digest of the commit of each added site."""
+        return {name: digest(site.to_json()) for name, site in self.added.items()}
 
     @property
     def complete(self) -> bool:
@@ -215,7 +268,9 @@ class Snapshot:
     @cached_property
     def digest(self) -> str:
         """Digest of what the catalog is made from; equal digests mean equal catalogs."""
-        runs = {name: [run.info.plan_hash, list(run.parts), run.later] for name, run in self.runs.items()}
+        runs = {
+            name: [run.info.plan_hash, list(run.parts), run.later, run.added_digests] for name, run in self.runs.items()
+        }
         return digest({"runs": runs, "tables": {name: list(files) for name, files in self.tables.items()}})
 
 
@@ -227,7 +282,7 @@ def _parse_sealed(text: bytes, path: str) -> dict[str, Any]:
 
 
 def take_snapshot(folder: Folder) -> Snapshot:
-    """List runs, commits and tables; costs one small file read a run.
+    """List runs, commits and tables; costs one small file read a run, and one an added site.
 
     A run whose name was claimed, but whose own files are not all there yet, has nothing to show and is left out.
     """
@@ -238,8 +293,10 @@ def take_snapshot(folder: Folder) -> Snapshot:
             info = read_run(folder, name)
             parts = [part for part in committed_parts(folder, name) if part < info.n_parts]
             if parts or all(folder.exists(record.path) for record in info.files):
-                later = committed_statistics(folder, name)
-                runs[name] = RunSnapshot(info, tuple(parts), {k: tuple(p) for k, p in later.items() if k in STATISTICS})
+                later = {k: tuple(p) for k, p in committed_statistics(folder, name).items() if k in STATISTICS}
+                added = read_added_sites(folder, info)
+                info = replace(info, sites=(*info.sites, *(site.spec for site in added.values()))) if added else info
+                runs[name] = RunSnapshot(info, tuple(parts), later, added)
         except DamageError as exc:
             damaged[name] = str(exc)
     tables = {name: tuple(folder.names(f"{TABLES}/{name}")) for name in folder.names(TABLES)}

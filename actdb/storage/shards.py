@@ -288,4 +288,5 @@ class ShardReader:
         return index
 
     def _damage(self, what: str) -> DamageError:
-        return DamageError(f"{self.path} is damaged: {what}; run the same harvest again to repair it")
+        remedy = "add the site again" if self._spec.added else "run the same harvest again"
+        return DamageError(f"{self.path} is damaged: {what}; {remedy} to repair it")

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from crc32c import crc32c
 
@@ -68,6 +68,18 @@ def check_statistics(folder: Folder, info: RunInfo, part: int, statistic: str) -
             yield Damage(record.path, f"{exc}; repair it by actdb stats --stats {statistic}", info.name, part)
 
 
+def check_added(folder: Folder, info: RunInfo, site: str) -> Iterator[Damage]:
+    """Yield the damaged files of a site that was added to a run; `info` is the run's own."""
+    try:
+        added = commits.read_added(folder, info, site)
+    except DamageError as exc:
+        yield Damage(commits.added_name(info.name, site), f"{exc}; add the site again", info.name)
+        return
+    alone = replace(info, sites=(added.spec,))
+    for commit in added.commits:
+        yield from check_commit(folder, alone, commit)
+
+
 def check_run_files(folder: Folder, info: RunInfo, *, begun: bool = True) -> Iterator[Damage]:
     """Yield the damaged files of a run outside its parts: prompts, tokens, weights, Zarr metadata.
 
@@ -103,7 +115,10 @@ def check_database(snapshot: commits.Snapshot) -> Iterator[Damage]:
     for run, message in snapshot.damaged.items():
         yield Damage(f"{commits.RUNS}/{run}/run.json", f"{message}; it cannot be recomputed: remove the run", run)
     for run, held in snapshot.runs.items():
+        harvested = replace(held.info, sites=tuple(site for site in held.info.sites if site.name not in held.added))
         yield from check_run_files(folder, held.info, begun=bool(held.parts))
+        for site in commits.added_names(folder, run):
+            yield from check_added(folder, harvested, site)
         for part in held.parts:
             try:
                 commit = commits.read_commit(folder, run, part)
@@ -113,7 +128,7 @@ def check_database(snapshot: commits.Snapshot) -> Iterator[Damage]:
             if commit.plan_hash != held.info.plan_hash or commit.part != part:
                 name = commits.commit_name(run, part)
                 yield Damage(name, f"{folder.path(name)} belongs to another plan", run, part)
-            yield from check_commit(folder, held.info, commit)
+            yield from check_commit(folder, harvested, commit)
         for statistic, parts in held.later.items():
             for part in parts:
                 yield from check_statistics(folder, held.info, part, statistic)
