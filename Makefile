@@ -31,12 +31,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "actdb needs Python 3.11 or newer: make PYTHON=python3.x")'
 	@echo "installing actdb into $(VENV) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cpu,dev]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[analyses,cpu,dev]"
 	@touch $@
 
 $(PEERS): $(INSTALLED)
 	@echo "installing the benchmarks' peers into $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cpu,dev,bench]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[analyses,bench,cpu,dev]"
 	@touch $@
 
 clean:

@@ -4,6 +4,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -12,7 +13,7 @@ from actdb import catalog
 from actdb.errors import DamageError, RunError, SettingError, WriteError
 from actdb.run import Run
 from actdb.storage import commits, verify
-from actdb.storage.commits import INDEXES, RUNS, TABLES, Snapshot
+from actdb.storage.commits import INDEXES, RUNS, TABLES, RunSnapshot, Snapshot, added_folder
 from actdb.storage.folder import Folder
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ RESULT_COLUMNS = ("low", "high", "n", "seed", "null", "gold", "claimed", "verdic
 def open(path: str | os.PathLike[str], *, mode: str = "r") -> "Database":
     """Open a database: a snapshot of what is committed now, which stays the same until `refresh`.
 
-    `mode="a"` lets analyses add tables and results; nothing else is ever written. Works while a harvest runs, and on a
-    read-only disk. Costs one small file read a run. Raises `DatabaseError` where there is no database.
+    `mode="a"` lets analyses add tables, results and sites; nothing else is ever written. Works while a harvest runs,
+    and on a read-only disk. Costs one small file read a run. Raises `DatabaseError` where there is no database.
     """
     return Database(path, mode=mode)
 
@@ -378,6 +379,7 @@ class Database:
             raise RunError(f"no run {run!r} in {self.path}; it holds {', '.join(self._snapshot.runs) or 'none'}")
         weights = self._own_weights(run)
         folders = [
+            added_folder(run),
             f"{RUNS}/{run}/commits",
             f"{INDEXES}/{run}",
             f"arrays.zarr/{run}",
@@ -440,8 +442,15 @@ class Database:
     def _run(self, name: str) -> Run:
         with self._lock:
             if name not in self._runs:
-                self._runs[name] = Run(self._folder, self._snapshot.runs[name], self._matching)
+                renew = partial(self._renew, name) if self._mode == "a" else None
+                self._runs[name] = Run(self._folder, self._snapshot.runs[name], self._matching, renew)
             return self._runs[name]
+
+    def _renew(self, name: str) -> RunSnapshot:
+        """Take a new snapshot for a run that adds to itself; raises `RunError` where it is gone."""
+        with self._lock:
+            self.refresh()
+            return self.run(name).snapshot
 
     def _age(self, name: str) -> tuple[str, str]:
         return str(self._snapshot.runs[name].info.environment.get("created_at", "")), name

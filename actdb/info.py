@@ -1,5 +1,6 @@
 """What the command line says about a database: a row a run, and files of slices."""
 
+import contextlib
 import io
 import os
 from pathlib import Path
@@ -27,11 +28,11 @@ def run_rows(db: "Database") -> tuple[list[str], list[tuple[Any, ...]]]:
     for run in db.runs():
         info, parts = run.info, db.snapshot.runs[run.name].parts
         raw = stored = 0
+        held = [commit for site in db.snapshot.runs[run.name].added.values() for commit in site.commits]
         for part in parts:
-            try:
-                commit = commits.read_commit(db.snapshot.folder, run.name, part)
-            except DamageError:
-                continue  # `actdb verify` names it
+            with contextlib.suppress(DamageError):  # `actdb verify` names it
+                held.append(commits.read_commit(db.snapshot.folder, run.name, part))
+        for commit in held:
             raw += sum(tally.raw_bytes for tally in commit.sites.values())
             stored += sum(record.stored_bytes for record in commit.files)
         status = run.status if run.status == "complete" else f"partial ({len(parts)} of {info.n_parts} parts)"

@@ -1,17 +1,18 @@
 """A run: one harvest of one model over one prompt set, as users hold it."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
-from actdb.errors import DamageError, SelectionError
+from actdb.errors import DamageError, SelectionError, SettingError, WriteError
 from actdb.schema import FileRecord, RunInfo, SiteSpec
 from actdb.selection.prompts import PromptIndex, read_prompt_index
 from actdb.selection.reader import SiteReader
+from actdb.selection.streams import Block
 from actdb.selection.view import Selection, Source, site_error
 from actdb.storage.commits import RunSnapshot
 from actdb.storage.folder import Folder
@@ -24,16 +25,24 @@ if TYPE_CHECKING:
 
 WEIGHT_GROUPS = ("", "embed.", "pos_embed.", "unembed.", "ln_final.")
 LAYER_GROUPS = ("", "attn.", "mlp.")
+ORDERS = ("id", "stored")
 TIED = {"unembed.W_U": "embed.W_E"}
 
 
 class Run:
     """Read access to one run; `run["z"]` is a lazy selection of all stored values of a site."""
 
-    def __init__(self, folder: Folder, snapshot: RunSnapshot, matching: Callable[[str, str], Sequence[int]]) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        snapshot: RunSnapshot,
+        matching: Callable[[str, str], Sequence[int]],
+        renew: Callable[[], RunSnapshot] | None = None,
+    ) -> None:
         self._folder = folder
         self._snapshot = snapshot
         self._matching = matching
+        self._renew = renew  # None where the database is open for reading
         self._readers: dict[str, SiteReader] = {}
 
     @property
@@ -111,13 +120,41 @@ class Run:
         begin, end = self._token_starts[prompt : prompt + 2]
         return [str(text) for text in self._tokens["token"][begin:end]]
 
-    def prompt_ids(self, where: str | None = None) -> list[int]:
-        """Return the ids of the stored prompts, ascending: of all, or of those for which an SQL condition holds.
+    def prompt_ids(self, where: str | None = None, *, order: str = "id") -> list[int]:
+        """Return the ids of the stored prompts: of all, or of those for which an SQL condition holds.
 
         `where` is an expression over label columns and `run_prompts`, as for `sel`; raises `SqlError` for any other.
+        They ascend, or with `order="stored"` come in the order in which they are stored: groups of prompts taken in
+        this order read each chunk once, and it is the order that `add_site` wants.
         """
+        if order not in ORDERS:
+            raise SettingError(f"order {order!r}: choose one of {', '.join(ORDERS)}")
         stored = self._prompts.stored
-        return [i for i in (range(len(stored)) if where is None else self._prompts_where(where)) if stored[i]]
+        found = [i for i in (range(len(stored)) if where is None else self._prompts_where(where)) if stored[i]]
+        return found if order == "id" else sorted(found, key=self._prompts.row_start.tolist().__getitem__)
+
+    def add_site(self, name: str, *, dims: Sequence[str], blocks: Iterable[Block], replace: bool = False) -> None:
+        """Store a site of your own beside the harvested ones, such as what an analysis computed for every prompt.
+
+        Afterwards `run[name]`, SQL, `verify` and `rm` know it as any site; any Zarr reader opens it. `dims` name the
+        axes of a block's values: one of "prompt" and "row", before it none, "layer" (as many as `run.layers`), a head
+        axis or both, after it what you like. `blocks` are `actdb.Block`s of any size: values, each row's prompt and for
+        rows its pos, all prompts in the order of `prompt_ids(order="stored")`, which is that of `batches`. Their dtype
+        is kept (float16 to 64, uint16, uint32, int64). They are taken one by one: a generator needs memory for one
+        block, and some 128 MiB on the way to disk.
+
+        The site appears when all is written. What a killed call left is replaced by the next one, a whole site only
+        with `replace`. Needs `mode="a"` and a complete run. Raises `SettingError` for a name that is taken and for
+        blocks that do not fit, `OverflowingError` for values that are not finite, `RunError` while the run is partial.
+        """
+        if self._renew is None:
+            raise WriteError(f"{self._folder.root} is open for reading; open it with mode='a' to add sites")
+        from actdb.harvesting.addition import add_site
+
+        self._snapshot = self._renew()
+        add_site(self._folder, self._snapshot, self._prompts, name, dims, blocks, replace_whole=replace)
+        self._snapshot = self._renew()
+        self._readers.pop(name, None)
 
     def vocabulary(self) -> dict[int, str]:
         """Return the text of each token id that the run's prompts hold. Costs one scan of its tokens."""

@@ -11,8 +11,9 @@ from torch import nn
 
 import actdb
 from analyses.feature_persistence import __main__ as program
-from analyses.feature_persistence import experiment, study, tracking, training
+from analyses.feature_persistence import crowd, experiment, scale, study, tracking, training
 from analyses.feature_persistence.attention import describe_attention
+from analyses.feature_persistence.correlation import correlate, importance
 from analyses.feature_persistence.model import PostNormTransformer, initialise, restore
 from analyses.feature_persistence.null import check_null
 from analyses.feature_persistence.planted import eta_interval, plant
@@ -240,6 +241,53 @@ def test_the_toolkit_finds_what_a_trained_model_uses(trained: tuple[Path, Traini
     assert found.patches["residual 1"].value == pytest.approx(1, abs=1e-4)  # the last residual decides the output
     assert found.ablations["mlp 1 mean"].value > 0
     assert set(found.paths) == {"head 0.0 → mlp 1", "head 0.1 → mlp 1"}
+
+
+def test_the_importance_of_a_neuron_is_the_loss_without_it(trained: tuple[Path, Training]) -> None:
+    db, made = trained
+    with actdb.open(db) as database:
+        run = database.run(made.runs[-1])
+        found = importance(run, seed=3)
+        mean = run["mlp_post"].sel(layer=1).numpy()[:, 5].mean()
+        model = restore(run)
+    ids = torch.from_numpy(training_sequences(1003, n=200))
+
+    def loss(module: PostNormTransformer) -> float:
+        logits = module(ids)[:, :-1].transpose(1, 2)
+        return float(nn.functional.cross_entropy(logits, ids[:, 1:]).detach())
+
+    before = loss(model)
+    mlp = model.blocks[1].mlp
+    with torch.no_grad():  # the neuron's mean goes into the bias, and its own output away
+        mlp.b_out += mean * mlp.W_out[5]
+        mlp.W_out[5] = 0
+    assert found[1, 5] == pytest.approx(loss(model) - before, abs=1e-5)
+    assert found.shape == (2, 64)
+
+
+def test_correlations_tell_neurons_that_keep_their_rank_from_shuffled_ones() -> None:
+    generator = np.random.default_rng(0)
+    before = generator.uniform(0.1, 1, (6, 1, 2, 64))
+    kept = [tracking.History(("a", "b"), (0, 1), {"token": np.concatenate([b, b**2])}) for b in before]
+    turned = [
+        tracking.History(("a", "b"), (0, 1), {"token": np.concatenate([b, generator.permuted(b, axis=2)])})
+        for b in before
+    ]
+    found, other = (correlate(histories, "token", layer=1, seed=0) for histories in (kept, turned))
+    assert found.with_final.value == pytest.approx(1)
+    assert found.with_persistence.low > 0.5 > 0 > found.chance
+    assert other.with_final.low < 0 < other.with_final.high
+    assert other.with_persistence.low < other.chance < other.with_persistence.high
+
+
+def test_many_runs_and_many_rows_are_timed(tmp_path: Path) -> None:
+    found = crowd.time_runs(tmp_path / "crowd.actdb", n_seeds=1)
+    assert (found["runs"], found["head_stats_rows"]) == (10, 10 * 500 * 4)
+    assert found["open_s"] < 0.5
+    with actdb.open(tmp_path / "crowd.actdb") as db:
+        timed = scale.time_measurement(db.run("seed0-step320"))
+        assert timed["rows"] == 4000
+        assert timed["eta_token_mean"] == measure(db.run("seed0-step320")).token.eta_squared.mean()
 
 
 def test_cells_of_a_large_vocabulary_are_its_commonest_tokens(tmp_path: Path) -> None:

@@ -272,13 +272,13 @@ def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     feeder.start()
     for _ in range(50):
         time.sleep(0.002)
-        most = max(most, writers._pending)
+        most = max(most, writers._backlog.reserved("bytes"))
     assert feeder.is_alive()  # it waits
     assert 800 <= most < 1000 + 400
     disk.set()
     feeder.join()
     writers.close()
-    assert writers._pending == 0
+    assert writers._backlog.reserved("bytes") == 0
     shard.writer.finish("s")
     reader, out = ShardReader(str(tmp_path / "s"), spec), np.empty(100, np.float32)
     for chunk in range(32):

@@ -16,7 +16,9 @@ from hypothesis.extra import numpy as hnp
 import actdb
 from actdb.harvesting import handover, trial
 from actdb.harvesting.capture import gather_triangles, join_triangles, pad_batch
+from actdb.harvesting.backlog import Backlog
 from actdb.harvesting.handover import Handover
+from actdb.harvesting.pipeline import PartWriter
 from actdb.harvesting.statistics.heads import TokenTargets
 
 PROMPTS = random_prompts(20)
@@ -46,15 +48,20 @@ def test_the_same_files_either_way(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.usefixtures("asynchronous")
 def test_a_slow_disk_holds_the_model_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks on their way never hold more than the buffer and one block."""
-    most, append = 0, handover.Handover._append
+    most, append, reserve = 0, PartWriter.append, Backlog.reserve
 
-    def slow(self: Handover, *args: Any) -> None:
-        nonlocal most
-        most = max(most, self._pending)
+    def slow(*given: Any) -> None:
         time.sleep(0.001)
-        append(self, *args)
+        append(*given)
 
-    monkeypatch.setattr(Handover, "_append", slow)
+    def count(self: Backlog, kind: str, size: int, *, limit: int) -> None:
+        nonlocal most
+        reserve(self, kind, size, limit=limit)
+        if self._thread.name == "actdb-handover":
+            most = max(most, self.reserved(kind))
+
+    monkeypatch.setattr(PartWriter, "append", slow)
+    monkeypatch.setattr(Backlog, "reserve", count)
     monkeypatch.setattr("actdb.harvesting.execution.MEBIBYTE", 1000)
     run = actdb.harvest(TinyModel(), PROMPTS, tmp_path / "x", buffer_mb=1, **PLAN)
     largest = max(run[site].sel(layer=0).nbytes for site in run) // run.info.n_parts

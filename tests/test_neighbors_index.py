@@ -111,7 +111,7 @@ def test_the_recall_is_that_of_rows_held_out(db: actdb.Database, monkeypatch: py
     distances = np.linalg.norm(values[held][:, None] - values, axis=-1)
     furthest = np.sort(distances[:, others], axis=1)[:, 9]
     library.set_breadth(opened.loaded, record.design, 1)
-    found = opened.order[library.search_index(opened.loaded, values[held].astype(np.float32), 60)]
+    found = opened.order[library.search_index(opened.loaded, (values[held] * record.scale).astype(np.float32), 60)]
     hits = 0
     for mine, last, numbers in zip(distances, furthest, found.tolist(), strict=True):
         first = [number for number in numbers if number not in record.held][:10]
@@ -273,6 +273,23 @@ def test_damage_is_refused_and_repaired(tmp_path: Path, what: str) -> None:
         db.index("resid_post", **PLACE)
         assert db.verify() == []
         assert rows_of(db.nearest("resid_post", **PLACE, vector=VECTOR)) == truth
+
+
+def test_values_that_float16_cannot_hold(tmp_path: Path) -> None:
+    """A graph keeps rows as float16, scaled: neither huge nor tiny activations are lost."""
+    for name, factor in (("huge", 1e6), ("tiny", 1e-9)):
+        hooks = [("blocks.1.hook_resid_post", lambda tensor, hook, factor=factor: tensor * factor)]
+        path = make(tmp_path / name, hooks=hooks, hooks_id=name, run=name, store="float32")
+        with actdb.open(path, mode="a") as db:
+            for metric in METRICS:
+                record = db.index("resid_post", **PLACE, metric=metric, kind="hnsw")
+                assert record.recall >= 0.95
+                asked = {**PLACE, "prompt": 3, "pos": 0, "metric": metric}
+                found, truth = (
+                    db.nearest("resid_post", **asked).df(),
+                    db.nearest("resid_post", **asked, exact=True).df(),
+                )
+                np.testing.assert_allclose(found["distance"], truth["distance"], rtol=1e-3, atol=1e-6 * factor)
 
 
 def test_a_full_disk(tmp_path: Path) -> None:

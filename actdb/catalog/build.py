@@ -23,7 +23,7 @@ from actdb.catalog.statistics import attribute_heads, compact_top, statistics_ro
 from actdb.catalog.tables import BUILT_IN, PART_TABLES, SCHEMA, Table
 from actdb.catalog.views import VIEWS
 from actdb.errors import DamageError
-from actdb.schema import Commit, FileRecord, SiteSpec, digest
+from actdb.schema import AddedSite, Commit, FileRecord, SiteSpec, digest
 from actdb.storage.commits import RUNS, TABLES, RunSnapshot, Snapshot, read_commit, read_statistics, table_name
 from actdb.storage.folder import Folder
 
@@ -63,7 +63,9 @@ def snapshot_items(snapshot: Snapshot) -> Items:
     parts = [("part", name, str(part)) for name, run in snapshot.runs.items() for part in run.parts]
     tables = [("table", name, file) for name, files in _user_files(snapshot).items() for file in files]
     later = [("statistic", name, f"{part}.{kind}") for name, part, kind in _later(snapshot)]
-    added = [("site", run, f"{site}.{made}") for run, r in snapshot.runs.items() for site, made in r.added_digests.items()]
+    added = [
+        ("site", run, f"{site}.{made}") for run, r in snapshot.runs.items() for site, made in r.added_digests.items()
+    ]
     return frozenset(runs + parts + later + added + tables)
 
 

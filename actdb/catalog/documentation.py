@@ -55,6 +55,14 @@ FUNCTIONS = (
         "SELECT pos, attention(1, 0, prompt_id, pos)[pos] AS on_previous FROM tokens WHERE prompt_id = 3 AND pos > 0",
     ),
     Function(
+        "interaction",
+        (*((name, "BIGINT") for name in ("layer_a", "head_a", "layer_b", "head_b")), ("prompt_id", "BIGINT")),
+        "FLOAT",
+        "what head B's last query reads of what head A wrote, sum over s of attention_B[s] ‖z_A[s] W_O^A‖, 0 unless"
+        " layer_a < layer_b; from the site interaction, which analyses.forward_proportion adds",
+        "SELECT prompt_id, interaction(0, 1, 1, 0, prompt_id) AS read FROM run_prompts ORDER BY read DESC LIMIT 3",
+    ),
+    Function(
         "logit_lens",
         (("layer", "BIGINT"), *_PLACE, ("k", "BIGINT")),
         "STRUCT(token_id INTEGER, token VARCHAR, logit FLOAT, probability FLOAT)[]",

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 Ints = npt.NDArray[np.int64]
 Column = Any
 """A pyarrow ChunkedArray, or what becomes one. DuckDB evaluates annotations, where pyarrow is not imported yet."""
-RESIDUAL, PATTERN = "resid_post", "pattern"
+RESIDUAL, PATTERN, INTERACTION = "resid_post", "pattern", "interaction"
+INTERACTION_DIMS = ("layer", "head", "prompt", "target")
 UNEMBEDDINGS_KEPT = 2
 _with_functions: "weakref.WeakSet[duckdb.DuckDBPyConnection]" = weakref.WeakSet()
 
@@ -98,6 +99,23 @@ class ActivationFunctions:
             _check_patterns(self._lookup.run(name))
             wanted.append((Address("attention", name, PATTERN, layer, head), rows, *call.numbers[2:, rows]))
         return _float_lists(self._lookup.vectors(call.n_rows, wanted), call.missing)
+
+    def interaction(
+        self, run: Column, layer_a: Column, head_a: Column, layer_b: Column, head_b: Column, prompt_id: Column
+    ) -> Column:
+        """Return values of the added site `interaction`, from source heads (planes) to target heads (features)."""
+        import pyarrow as pa
+
+        call = _Call.of((run,), (layer_a, head_a, layer_b, head_b, prompt_id))
+        values = np.zeros(call.n_rows, np.float32)
+        for (name, layer, head), rows in call.groups(2):
+            target_layers, target_heads, prompts = call.numbers[2:, rows]
+            places = _targets(self._lookup.run(name), target_layers, target_heads)
+            address = Address("interaction", name, INTERACTION, layer, head)
+            wanted = [(address, np.arange(len(rows)), prompts, np.full_like(prompts, -1))]
+            found = self._lookup.vectors(len(rows), wanted)
+            values[rows] = found.values[found.offsets + places]
+        return pa.array(values, mask=call.missing if call.missing.any() else None)
 
     def logit_lens(self, run: Column, layer: Column, prompt_id: Column, pos: Column, k: Column) -> Column:
         """Return the likeliest tokens by the residual stream after a layer."""
@@ -172,6 +190,25 @@ def _check_patterns(run: "Run") -> None:
             f" head_activation('{PATTERN}_value', ...) and head_activation('{PATTERN}_index', ...) return"
         )
     raise SiteError(f"run {run.name!r} keeps {kept}; attention() needs a harvest with site pattern and --pattern full")
+
+
+def _targets(run: "Run", layers: Ints, heads: Ints) -> Ints:
+    """Return the places of target heads in the rows of the site `interaction`, layer after layer."""
+    spec = run.info.site(INTERACTION)
+    if spec is None:
+        raise SiteError(
+            f"run {run.name!r} has no site {INTERACTION!r}; python -m analyses.forward_proportion --db DB adds it"
+        )
+    if spec.dims != INTERACTION_DIMS or spec.feature != (spec.planes[0] * spec.planes[1],):
+        raise SiteError(
+            f"site {INTERACTION!r} of run {run.name!r} has axes {', '.join(spec.dims)} {list(spec.shape)} instead of "
+            f"{', '.join(INTERACTION_DIMS)} with a target for each layer and head"
+        )
+    for name, given, valid in (("layer", layers, spec.layers), ("head", heads, range(spec.planes[1]))):
+        outside = ~np.isin(given, valid)
+        if outside.any():
+            raise SelectionError(f"{name}_b {given[outside][0]}: choose one of {', '.join(map(str, valid))}")
+    return np.asarray(np.searchsorted(spec.layers, layers) * spec.planes[1] + heads, np.int64)
 
 
 def _check_counts(counts: Ints, n_tokens: int) -> None:

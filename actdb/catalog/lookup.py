@@ -106,7 +106,9 @@ class Lookup:
         source, plane = self._arrays.get(address) or self._array(address)
         index = source.prompts()
         chosen = _resolve(index, prompts, positions)
-        if source.spec.dims[-1] == "entry":
+        if "prompt" in source.spec.dims:
+            starts, counts = index.prompt_rows(source.spec)[prompts], np.ones_like(prompts)
+        elif source.spec.dims[-1] == "entry":
             starts, counts = _entries(index, prompts, chosen, causal=source.causal)
         else:
             first = index.n_tokens[prompts] - 1 if index.last_only else 0
@@ -177,6 +179,8 @@ def _check_axes(dims: Sequence[str], address: Address) -> None:
     """Raise `SelectionError` naming the function that fits, where a site has other axes than the one called wants."""
     site = address.site
     fitting = "attention" if "entry" in dims else "head_activation" if set(dims) & set(HEAD_DIMS) else "activation"
+    if address.function == "interaction":
+        return  # whose axes are known
     if "prompt" in dims:
         raise SelectionError(
             f"site {site!r} has one vector a prompt and no positions; read it in Python: run[{site!r}].sel(prompt=...)"

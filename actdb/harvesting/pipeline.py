@@ -7,8 +7,6 @@ whatever the length of the corpus: a caller that is faster than the disk waits.
 """
 
 import os
-import queue
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actdb.errors import OverflowingError
+from actdb.harvesting.backlog import Backlog
 from actdb.schema import Commit, FileRecord, RunInfo, SiteSpec, SiteTally
 from actdb.storage import arrays, codecs, commits
 from actdb.storage.folder import Folder, temporary_path, write_error
@@ -177,17 +176,11 @@ class Writers:
     ) -> None:
         self.pending_bytes = pending_bytes
         self._pool = ThreadPoolExecutor(n_threads or max(2, min(8, os.cpu_count() or 2)), "actdb-encode")
-        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lockstep = lockstep
         self._held: list[tuple[SiteShard, Sequence[Chunk]]] = []
         self._held_bytes = 0
-        self._error: BaseException | None = None
         self.open_parts: set[PartWriter] = set()  # those that are begun and not committed
-        self._pending = 0
-        self._pending_parts = 0
-        self._room = threading.Condition()
-        self._thread = threading.Thread(target=self._write, name="actdb-write", daemon=True)
-        self._thread.start()
+        self._backlog = Backlog("actdb-write")
 
     def submit(self, shard: SiteShard, chunks: Sequence[Chunk]) -> None:
         """Encode and write chunks, waiting while too many bytes are under way; in lockstep hold them."""
@@ -204,73 +197,34 @@ class Writers:
         held, self._held, self._held_bytes = self._held, [], 0
         futures = [self._start(shard, chunks) for shard, chunks in held]
         wait(futures)
-        self._raise()
+        self._backlog.check()
 
     def finish(self, part: "PartFinish") -> None:
         """End a part after everything submitted before, waiting while too many are open, each with its files."""
         self.settle()
-        with self._room:
-            self._room.wait_for(lambda: self._pending_parts < PENDING_PARTS or self._error is not None)
-            self._raise()
-            self._pending_parts += 1
-        self._queue.put(lambda: self._finish_part(part))
+        self._backlog.reserve("parts", 1, limit=PENDING_PARTS)
+        self._backlog.put(part, kind="parts", size=1)
 
     def close(self) -> None:
         """Wait for everything and stop the threads; raises what went wrong."""
         self.settle()
         self.abort()
-        self._raise()
+        self._backlog.check()
 
     def abort(self) -> None:
         """Stop the threads after what is under way, and remove what was written of parts that are not committed."""
         self._held.clear()
-        self._queue.put(None)
-        self._thread.join()
+        self._backlog.stop()
         self._pool.shutdown()
         while self.open_parts:
             self.open_parts.pop().abandon()
 
     def _start(self, shard: SiteShard, chunks: Sequence[Chunk]) -> "Future[EncodedChunks]":
         size = sum(chunk.values.nbytes for chunk in chunks)
-        with self._room:
-            self._room.wait_for(lambda: self._pending < self.pending_bytes or self._error is not None)
-            self._raise()
-            self._pending += size
+        self._backlog.reserve("bytes", size, limit=self.pending_bytes)
         future = self._pool.submit(encode_chunks, chunks, shard.spec)
-        self._queue.put(lambda: self._write_chunks(shard, future, size))
+        self._backlog.put(lambda: shard.write(future.result()), kind="bytes", size=size)
         return future
-
-    def _write_chunks(self, shard: SiteShard, future: "Future[EncodedChunks]", size: int) -> None:
-        try:
-            encoded = future.result()
-            if self._error is None:
-                shard.write(encoded)
-        finally:
-            with self._room:
-                self._pending -= size
-                self._room.notify()
-
-    def _finish_part(self, part: "PartFinish") -> None:
-        try:
-            if self._error is None:
-                part()
-        finally:
-            with self._room:
-                self._pending_parts -= 1
-                self._room.notify()
-
-    def _write(self) -> None:
-        while (job := self._queue.get()) is not None:
-            try:
-                job()
-            except BaseException as exc:
-                with self._room:
-                    self._error = self._error or exc
-                    self._room.notify()
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ CHECKPOINT_S = 30.0
 SAVING_SHARE = 0.1
 """Share of the time that may go into writing it down."""
 BLOCK_ROWS = 4096
-HELD_ROWS = 512
+HELD_ROWS, SCALED_ROWS = 512, 1024
 ASTRAY = 0.005
 """Share of queries that may find less than half of what is aimed at: a graph misleads few, but those wholly."""
 RECALL_K = 10
@@ -104,7 +105,7 @@ class _Build:
         index, n_done = self._resume()
         self._add_rows(index, n_done)
         breadth, recall = self._tune(index)
-        index.add(self.rows.take(self.held))
+        index.add(self.rows.take(self.held) * self.scale)
         record = self._publish(index, breadth, recall, time.monotonic() - started)
         for file in self.folder.names(self.name):
             if UNFINISHED.fullmatch(file) or (file.endswith(".faiss") and not record.file.path.endswith(f"/{file}")):
@@ -118,10 +119,20 @@ class _Build:
         chosen = np.random.default_rng(SEED).choice(n, max(1, min(HELD_ROWS, n // 10)), replace=False)
         return np.sort(chosen)
 
+    @cached_property
+    def scale(self) -> np.float32:
+        """What rows are multiplied by: then their values are about 1, and fit float16."""
+        chosen = np.random.default_rng(SEED + 2).choice(len(self.rows), min(SCALED_ROWS, len(self.rows)), replace=False)
+        sample = self.rows.take(np.sort(chosen))
+        size = np.sqrt(np.square(sample, dtype=np.float64).mean())
+        return np.float32(1 / size if size > 0 else 1)
+
     @property
     def stamp(self) -> str:
         """What an interrupted build has to share to be gone on with."""
-        return digest([self.rows.digest, self.design.to_json(), library.load_faiss().__version__])[:12]
+        return digest(
+            [self.rows.digest, self.design.to_json(), library.HNSW_BREADTH, library.load_faiss().__version__]
+        )[:12]
 
     def _resume(self) -> tuple[Any, int]:
         """Return the index so far, trained, and how many rows were added or held out."""
@@ -137,7 +148,7 @@ class _Build:
         if n_sampled:
             kept = number_order(len(self.rows), self.held)[: -len(self.held)]
             chosen = np.random.default_rng(SEED + 1).choice(kept, n_sampled, replace=False)
-            index.train(self.rows.take(np.sort(chosen)))
+            index.train(self.rows.take(np.sort(chosen)) * self.scale)
             self._save(index, 0)
         return index, 0
 
@@ -149,7 +160,7 @@ class _Build:
         saved, pause = time.monotonic(), CHECKPOINT_S
         for begin in range(n_done, n, BLOCK_ROWS):
             end = min(begin + BLOCK_ROWS, n)
-            index.add(np.ascontiguousarray(self.rows.read(begin, end)[~held[begin:end]]))
+            index.add(self.rows.read(begin, end)[~held[begin:end]] * self.scale)
             if self.progress is not None:
                 self.progress(end, n)
             started = time.monotonic()
@@ -183,7 +194,7 @@ class _Build:
         breadth, recalls = 0, np.zeros(1)
         for breadth in self.design.breadths or [0]:
             library.set_breadth(index, self.design, breadth)
-            ids = library.search_index(index, queries, k * library.CANDIDATES.get(self.design.kind, 1))
+            ids = library.search_index(index, queries * self.scale, k * library.CANDIDATES.get(self.design.kind, 1))
             found = measure(self.rows, queries, np.where(ids < 0, -1, order[ids]), k)
             recalls = recalls_of(found, truth)
             if recalls.mean() >= self.recall and (recalls < self.recall / 2).mean() <= ASTRAY:
@@ -207,6 +218,7 @@ class _Build:
             width=self.rows.width,
             held=tuple(self.held.tolist()),
             design=self.design,
+            scale=float(self.scale),
             breadth=breadth,
             recall=recall,
             build_s=build_s,
@@ -219,5 +231,5 @@ class _Build:
 def recalls_of(found: Found, truth: Found) -> npt.NDArray[np.float64]:
     """Return each query's share of its true neighbours that was found; as near as the furthest true one counts."""
     furthest = truth.distances[:, -1:]
-    near = found.distances <= furthest + 1e-6 * np.maximum(np.abs(furthest), 1e-3)
+    near = found.distances <= furthest + 1e-6 * np.abs(furthest)
     return np.asarray(near[:, : truth.distances.shape[1]].mean(axis=1))

@@ -40,7 +40,8 @@ class IndexRecord:
     """The content of `index.json`.
 
     `key` is what is compared and how, `where` the condition on prompts, `rows` a digest of which rows of which plan it
-    holds, `held` the rows held out, `breadth` how widely it searches (0: all), with the `recall` at 10 measured so.
+    holds, `held` the rows held out, `scale` what rows are multiplied by, which orders them no otherwise, `breadth` how
+    widely it searches (0: all), with the `recall` at 10 measured so.
     """
 
     key: Mapping[str, Any]
@@ -51,6 +52,7 @@ class IndexRecord:
     width: int
     held: tuple[int, ...]
     design: Design
+    scale: float
     breadth: int
     recall: float
     build_s: float
@@ -75,6 +77,7 @@ class IndexRecord:
             width=int(value["width"]),
             held=tuple(int(row) for row in value["held"]),
             design=design,
+            scale=float(value["scale"]),
             breadth=int(value["breadth"]),
             recall=float(value["recall"]),
             build_s=float(value["build_s"]),
@@ -217,9 +220,10 @@ class Index:
         design, least = self.record.design, self.record.breadth * (WIDER if len(queries) == 1 else 1)
         n = k * library.CANDIDATES.get(design.kind, 1)
         fetch = n + int((excluded.ends - excluded.begins).max(initial=0))
+        scaled = queries * np.float32(self.record.scale)
         for breadth in [b for b in design.breadths if b >= least] or design.breadths[-1:] or [0]:
             library.set_breadth(self.loaded, design, breadth)
-            ids = library.search_index(self.loaded, queries, fetch)
+            ids = library.search_index(self.loaded, scaled, fetch)
             numbers = np.where(ids < 0, -1, self.order[ids])
             barred = (numbers >= excluded.begins[:, None]) & (numbers < excluded.ends[:, None])
             numbers[barred] = -1

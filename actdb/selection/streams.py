@@ -24,7 +24,7 @@ class Block:
 
     values: Any
     prompt: Ints
-    pos: Ints | None
+    pos: Ints | None = None
 
     def __len__(self) -> int:
         return len(self.prompt)

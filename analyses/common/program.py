@@ -11,13 +11,15 @@ import actdb
 from analyses.common.report import Claim, claims_table, format_table, store_claims, write_report
 
 SIZES = ("full", "small")
+Extend = Callable[[argparse.ArgumentParser], None]
 
 
 @dataclass(frozen=True)
 class Options:
     """What was asked for on the command line; `db` and `out` have their defaults filled in.
 
-    `given_db` says that the user named a database that is there, whose runs are to be analysed rather than made.
+    `given_db` says that the user named a database that is there, whose runs are to be analysed rather than made; `own`
+    holds the options of one analysis alone.
     """
 
     db: Path
@@ -28,6 +30,7 @@ class Options:
     size: str
     seed: int
     given_db: bool
+    own: argparse.Namespace = field(default_factory=argparse.Namespace)
 
     @property
     def foreign(self) -> bool:
@@ -55,12 +58,20 @@ class Study:
     figures: Mapping[str, str] = field(default_factory=dict)
 
 
-def main(programme: str, study: Callable[[Options], Study], argv: Sequence[str] | None = None, *, about: str) -> int:
+def main(
+    programme: str,
+    study: Callable[[Options], Study],
+    argv: Sequence[str] | None = None,
+    *,
+    about: str,
+    extend: Extend | None = None,
+) -> int:
     """Run an analysis as a program; returns its exit status: 1, with one line on stderr, for an `ActdbError`.
 
     Prints the table of claims, writes `results.json`, `report.md` and figures, and stores the claims in the database.
+    `extend` adds options of its own: see `parse`.
     """
-    options = parse(programme, argv, about=about)
+    options = parse(programme, argv, about=about, extend=extend)
     began = time.perf_counter()
     try:
         found = study(options)
@@ -76,8 +87,11 @@ def main(programme: str, study: Callable[[Options], Study], argv: Sequence[str] 
     return 0
 
 
-def parse(programme: str, argv: Sequence[str] | None = None, *, about: str) -> Options:
-    """Parse the options that all analyses share."""
+def parse(programme: str, argv: Sequence[str] | None = None, *, about: str, extend: Extend | None = None) -> Options:
+    """Parse the options that all analyses share, and those that `extend` adds to the parser: `Options.own`.
+
+    An analysis with options of its own may do without prompts: it has its own for any model.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m analyses.{programme}", description=about)
     parser.add_argument("--db", type=Path, help="database to analyse or to make; default OUT/study.actdb")
     parser.add_argument("--run", help="run of the database; default the newest")
@@ -86,8 +100,11 @@ def parse(programme: str, argv: Sequence[str] | None = None, *, about: str) -> O
     parser.add_argument("--size", choices=SIZES, default="full", help="full: as specified; small: for a first look")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--out", type=Path, help=f"folder for results; default out/{programme}")
+    shared = set(vars(parser.parse_args([])))
+    if extend is not None:
+        extend(parser)
     given = parser.parse_args(argv)
-    if (given.model is None) != (given.prompts is None):
+    if (given.model is None) != (given.prompts is None) and extend is None:
         parser.error("--model and --prompts go together")
     out = given.out or Path("out") / programme
     return Options(
@@ -99,6 +116,7 @@ def parse(programme: str, argv: Sequence[str] | None = None, *, about: str) -> O
         size=given.size,
         seed=given.seed,
         given_db=given.model is None and given.db is not None and (given.db / "actdb.json").is_file(),
+        own=argparse.Namespace(**{name: value for name, value in vars(given).items() if name not in shared}),
     )
 
 

@@ -186,8 +186,9 @@ def correlation_claims(
     claims = []
     for (layer, kind), found in correlations.items():
         key, about = f"correlate.L{layer}.{kind}", f"Spearman's ρ over the neurons of layer {layer}, {kind}: initial η²"
-        claims.append(claim(f"{key}.final", found.eta_before_and_after, null=0.0, about=f"{about} with final η²"))
-        claims.append(claim(f"{key}.change", found.eta_and_change, null=0.0, about=f"{about} with final − initial"))
+        claims.append(claim(f"{key}.final", found.with_final, null=0.0, about=f"{about} with final η²"))
+        about = f"{about} with whether it persists; null: neurons shuffled"
+        claims.append(claim(f"{key}.persistence", found.with_persistence, null=found.chance, about=about))
     for group, by_kind in shares.items():
         loss = float(losses[group].mean())
         for kind, share in by_kind.items():

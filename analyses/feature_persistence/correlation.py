@@ -18,22 +18,31 @@ from analyses.feature_persistence.tracking import History, chance_persistence, i
 
 Floats = npt.NDArray[np.float64]
 N_SEQUENCES = 200
+N_SHUFFLES = 50
 
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's ρ within each training, as mean over trainings with its interval."""
+    """Spearman's ρ of initial η² within each training, as mean over trainings with its interval.
 
-    eta_before_and_after: Estimate
-    eta_and_change: Estimate
+    With final η², and with whether the neuron persists; `chance` is the latter where training shuffles neurons: below
+    zero, since a high η² is harder to keep by luck.
+    """
+
+    with_final: Estimate
+    with_persistence: Estimate
+    chance: float
 
 
-def correlate(histories: Sequence[History], kind: str, *, layer: int) -> Correlation:
-    """Correlate, over all neurons of a layer, initial η² with final η² and with final − initial."""
+def correlate(histories: Sequence[History], kind: str, *, layer: int, seed: int) -> Correlation:
+    """Correlate the initial η² of all neurons of a layer with what became of them."""
+    generator = np.random.default_rng((seed, 12))
     pairs = [(history.eta[kind][0, layer], history.eta[kind][-1, layer]) for history in histories]
+    turned = [(before, generator.permutation(after)) for before, after in pairs for _ in range(N_SHUFFLES)]
     return Correlation(
         mean_interval([rank_correlation(before, after) for before, after in pairs]),
-        mean_interval([rank_correlation(before, after - before) for before, after in pairs]),
+        mean_interval([rank_correlation(before, is_persistent(before, after)) for before, after in pairs]),
+        mean_interval([rank_correlation(before, is_persistent(before, after)) for before, after in turned]).value,
     )
 
 

@@ -11,6 +11,7 @@ import actdb
 from analyses.common.selectivity import CellSums
 from analyses.common.significance import significant
 from analyses.feature_persistence.selection import KINDS, LEVEL, measure
+from analyses.feature_persistence.task import read_kinds
 
 Floats = npt.NDArray[np.float64]
 N_TOP_INPUTS = 16
@@ -162,9 +163,6 @@ class Experiments:
 def run_experiments(db: actdb.Database, probe: actdb.Run, structured: actdb.Run, *, seed: int) -> Experiments:
     """Run all five on a network's runs over random and over structured sequences, labelled by `kind`."""
     rows = read_rows(probe)
-    kinds = db.sql(
-        "SELECT kind FROM prompts JOIN runs USING (prompt_set) WHERE run = $1 ORDER BY prompt_id", [structured.name]
-    ).fetchall()
     effect, telling = weigh_hypothesis(rows, seed=seed)
     return Experiments(
         purity=detect_features(db, probe, seed=seed),
@@ -172,7 +170,7 @@ def run_experiments(db: actdb.Database, probe: actdb.Run, structured: actdb.Run,
         telling=telling,
         mapping=map_selectivity(probe),
         circuits=discover_circuits(rows, seed=seed),
-        structures=compare_structures(read_rows(structured), [kind for (kind,) in kinds], seed=seed),
+        structures=compare_structures(read_rows(structured), read_kinds(db, structured.name), seed=seed),
     )
 
 

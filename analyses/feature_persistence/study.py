@@ -1,6 +1,6 @@
 """The whole study: trainings, harvests, and the eight steps of the specification."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from analyses.feature_persistence.random_network import harvest_random
 from analyses.feature_persistence.selection import KINDS, measure, token_cells
 from analyses.feature_persistence.source import find_sources, gaussian_cosines
 from analyses.feature_persistence.task import PATTERNS
-from analyses.feature_persistence.toolkit import apply_toolkit, harvest_structured
+from analyses.feature_persistence.toolkit import apply_toolkit, harvest_structured, head_roles
 from analyses.feature_persistence.tracking import History, follow
 from analyses.feature_persistence.training import Trained, Training, losses_by_group, run_trainings
 
@@ -78,6 +78,7 @@ class _Steps:
         self.trained = trained
         self.main = [item for item in trained if item.training.group == MAIN]
         self.figures: dict[str, str] = {}
+        self.roles: dict[str, dict[tuple[int, int], str]] = {}
 
     def all(self) -> Study:
         """Run every step; the claims belong to the last checkpoint of the main training."""
@@ -94,7 +95,7 @@ class _Steps:
         claims += [*self._experiments(), *self._toolkit()]
         self._draw(main, seeds)
         judged = [claim.judged() for claim in claims]
-        return Study(self.main[0].training.runs[-1], judged, text=_sections(judged), figures=self.figures)
+        return Study(self.main[0].training.runs[-1], judged, text=_sections(judged, self.roles), figures=self.figures)
 
     def _follow(self) -> dict[str, list[History]]:
         found: dict[str, list[History]] = {}
@@ -137,7 +138,9 @@ class _Steps:
         main = histories[MAIN]
         n_layers = main[0].eta[KINDS[0]].shape[1]
         correlations = {
-            (layer, kind): correlate(main, kind, layer=layer) for layer in range(n_layers) for kind in KINDS
+            (layer, kind): correlate(main, kind, layer=layer, seed=self.seed)
+            for layer in range(n_layers)
+            for kind in KINDS
         }
         shares = share_by_group(histories, seed=self.seed)
         ablated = self.main[: self.extent.n_ablated]
@@ -174,6 +177,8 @@ class _Steps:
         run = harvest_structured(self.db.run(self.main[0].training.runs[-1]), self.options.db)
         self.db.refresh()
         found = apply_toolkit(self.db, self.db.run(run.name), seed=self.seed)
+        before = head_roles(self.db, self.main[0].training.runs[0])
+        self.roles = {"untrained": before, "trained": found.roles}
         return claiming.toolkit_claims(found, seed=self.seed)
 
     def _draw(self, main: Sequence[History], seeds: Sequence[Claim]) -> None:
@@ -190,7 +195,7 @@ class _Steps:
         self.figures[f"figures/{name}.png"] = caption
 
 
-def _sections(claims: Sequence[Claim]) -> dict[str, str]:
+def _sections(claims: Sequence[Claim], roles: Mapping[str, Mapping[tuple[int, int], str]]) -> dict[str, str]:
     """What the figures say, in words, for the report."""
     by_key = {claim.key: claim for claim in claims}
     top, every = by_key["seeds.position_minus_token"], by_key["seeds.position_minus_token_all"]
@@ -203,6 +208,10 @@ def _sections(claims: Sequence[Claim]) -> dict[str, str]:
         "How many features are maintained?": (
             f"{kept.value:.0%} [{kept.low:.0%}, {kept.high:.0%}] of the 20 most selective over {kept.n} seeds; "
             "the original says about 60 %, and counts 11 of 20 at seed 42."
+        ),
+        "What do the heads do?": "\n".join(
+            f"- {state}: " + ", ".join(f"head {layer}.{head} {role}" for (layer, head), role in found.items())
+            for state, found in roles.items()
         ),
         "What to keep in mind": (
             f"Without a causal mask the {N_VOCABULARY} tokens that are to be predicted can be read from the input, so "

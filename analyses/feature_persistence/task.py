@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+import actdb
 from analyses.feature_persistence.model import N_POSITIONS, N_VOCABULARY
 
 Ints = npt.NDArray[np.int64]
@@ -46,6 +47,12 @@ def structured_prompts(*, n_each: int = 40, n_positions: int = N_POSITIONS, seed
             }[kind]
             prompts.append({"tokens": ids.tolist(), "kind": kind})
     return prompts
+
+
+def read_kinds(db: actdb.Database, run: str) -> list[str]:
+    """Return the label `kind` of every prompt of a run."""
+    query = "SELECT kind FROM prompts JOIN runs USING (prompt_set) WHERE run = $1 ORDER BY prompt_id"
+    return [kind for (kind,) in db.sql(query, [run]).fetchall()]
 
 
 def _ascending(generator: np.random.Generator) -> Ints:

@@ -27,7 +27,7 @@ from analyses.common.lens import Lens, logit_lens
 from analyses.common.metric import next_token_loss
 from analyses.common.significance import Estimate, mean_interval
 from analyses.feature_persistence.model import PostNormTransformer, restore
-from analyses.feature_persistence.task import structured_prompts
+from analyses.feature_persistence.task import read_kinds, structured_prompts
 
 SITES = ("resid_post", "z", "mlp_post", "mlp_out", "pattern")
 
@@ -65,22 +65,22 @@ def harvest_structured(run: actdb.Run, db: Path) -> actdb.Run:
 def apply_toolkit(db: actdb.Database, run: actdb.Run, *, seed: int) -> Toolkit:
     """Apply all of it to a run of `harvest_structured`."""
     model = restore(run)
-    roles = db.sql("SELECT layer, head, role FROM head_roles WHERE run = $1 ORDER BY ALL", [run.name]).fetchall()
-    kinds = [
-        kind
-        for (kind,) in db.sql(
-            "SELECT kind FROM prompts p JOIN runs USING (prompt_set) WHERE run = $1 ORDER BY prompt_id", [run.name]
-        ).fetchall()
-    ]
+    kinds = read_kinds(db, run.name)
     prompts = [prompt for prompt, kind in enumerate(kinds) if kind != "random"]
     ascending = [prompt for prompt, kind in enumerate(kinds) if kind == "ascending"]
     return Toolkit(
         lens=logit_lens(run, model.unembed),
-        roles={(layer, head): role or "none" for layer, head, role in roles},
+        roles=head_roles(db, run.name),
         ablations=ablate(run, model, prompts, seed=seed),
         patches=patch(run, model, ascending),
         paths=patch_paths(run, model, ascending),
     )
+
+
+def head_roles(db: actdb.Database, run: str) -> dict[tuple[int, int], str]:
+    """Return what each (layer, head) of a run does, by the view `head_roles` over its stored statistics."""
+    found = db.sql("SELECT layer, head, role FROM head_roles WHERE run = $1 ORDER BY ALL", [run]).fetchall()
+    return {(layer, head): role or "none" for layer, head, role in found}
 
 
 def ablate(run: actdb.Run, model: PostNormTransformer, prompts: list[int], *, seed: int) -> dict[str, Estimate]:
