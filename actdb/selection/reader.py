@@ -59,6 +59,7 @@ class SiteReader:
     def __init__(self, folder: Folder, info: RunInfo, spec: SiteSpec) -> None:
         self.spec = spec
         self.n_reads = 0
+        self.whole: tuple[Sequence[ChunkRead], int] | None = None  # the plan of all rows, once it was made
         self._folder, self._run = folder, info.name
         self._shards: dict[int, ShardReader] = {}
         self._dtype = np.dtype(spec.dtype)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from actdb.errors import SelectionError, SiteError
 from actdb.schema import HEAD_DIMS, SiteSpec
 from actdb.selection import streams
-from actdb.selection.plan import plan_reads
+from actdb.selection.plan import ChunkRead, plan_reads
 from actdb.selection.prompts import PromptIndex
 from actdb.selection.reader import SiteReader
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from actdb.interchange.stream import TorchStream
 
 Ints = npt.NDArray[np.int64]
+KEPT_READS = 4096
+"""Chunks of a plan that is kept: beyond, planning takes little beside reading."""
 Index = SupportsIndex | slice | Sequence[int] | npt.NDArray[Any] | None
 
 
@@ -42,6 +44,15 @@ class Source:
     def spec(self) -> SiteSpec:
         """The site's array."""
         return self.reader.spec
+
+    def plan_whole(self) -> tuple[Sequence[ChunkRead], int]:
+        """Return the reads of all stored rows in prompt order, and their number; a short plan is kept."""
+        if self.reader.whole is not None:
+            return self.reader.whole
+        reads, n_rows = Selection(self)._plan()
+        if len(reads) <= KEPT_READS:
+            self.reader.whole = reads, n_rows
+        return reads, n_rows
 
 
 @dataclass(frozen=True)
@@ -205,12 +216,11 @@ class Selection:
             return self._source.reader.read_range(*self._place)
         if self._is_pattern:
             return self._patterns(pad=pad)
-        rows, planes = self._rows, self._planes
-        starts, counts = rows.starts, rows.counts
-        values = self._source.reader.read(
-            planes, plan_reads(self._source.spec, starts, counts), self.n_rows, self._feature
-        )
-        return values.reshape(self.shape)
+        whole = not self._given.keys() & {"prompt", "pos", "where"}
+        reads, n_rows = self._source.plan_whole() if whole else self._plan()
+        values = self._source.reader.read(self._planes, reads, n_rows, self._feature)
+        planes = tuple(len(axis.indices) for axis in self._axes if not axis.dropped)
+        return values.reshape(planes + values.shape[1 if whole or not self._rows.dropped else 2 :])
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
         values = self.numpy(pad=self._is_pattern and not self._single)
@@ -456,6 +466,10 @@ class Selection:
                 f"pos: run {self._prompts.run!r} stores the last position of each prompt only (pos=-1)"
             )
         return positions
+
+    def _plan(self) -> tuple[list[ChunkRead], int]:
+        rows = self._rows
+        return plan_reads(self._source.spec, rows.starts, rows.counts), int(rows.counts.sum())
 
     def _stream(self) -> streams.Stream:
         shape = tuple(len(axis.indices) for axis in self._axes if not axis.dropped)
