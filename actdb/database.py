@@ -157,8 +157,9 @@ class Database:
     ) -> "Nearest":
         """Return the stored rows nearest to a query: run, rank, prompt_id, pos, distance, token, context, labels.
 
-        The query is a stored row (`prompt` and `pos`), a `vector` [width], or a `text`, run through the run's model
-        (`model`, `tokenizer`: where they are, if not under the recorded name) and taken at `pos`, by default its last.
+        The query is a stored row (`prompt` and `pos`), a `vector` [width] or a .npy file of one, or a `text`, run
+        through the run's model (`model`, `tokenizer`: where they are, if not under the recorded name) and taken at
+        `pos`, by default its last.
         `k` rows are returned (default 10), or with `radius` all within that distance, `k` of them at most. Distances
         ascend: `metric` cosine is 1 − cos, l2 the Euclidean distance, ip −⟨x, y⟩. Among the rows are those of prompts
         that satisfy `where`; the query's own row never is, nor with `exclude_prompt` its prompt's, nor positions up to

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import xarray
     from transformer_lens import ActivationCache
 
+    from actdb.unembedding import Unembedding
+
 WEIGHT_GROUPS = ("", "embed.", "pos_embed.", "unembed.", "ln_final.")
 LAYER_GROUPS = ("", "attn.", "mlp.")
 ORDERS = ("id", "stored")
@@ -192,6 +194,17 @@ class Run:
         import torch
 
         return torch.from_numpy(np.array(self.weight(name, layer=layer, head=head)))
+
+    def readout(self) -> "Unembedding":
+        """Return the final norm and unembedding of the run's weights, which make logits of residual vectors.
+
+        `.normalised(rows)` and `.logits(rows)` take [row, d_model] in float32; of the last layer's `resid_post` the
+        latter are the model's own logits, to the stored precision. Holds W_U in memory. Raises `SelectionError` where
+        the run keeps no unembedding, and for models that look both ways.
+        """
+        from actdb.unembedding import Unembedding
+
+        return Unembedding(self)
 
     def dataset(self) -> "xarray.Dataset":
         """Return the run as a lazy xarray Dataset, a variable a site; reads nothing but the prompt table.

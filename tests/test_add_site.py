@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import zarr
-from hooked import PLAN, TinyModel, files_of, random_prompts, write_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import actdb
 from actdb.schema import unseal
+from tests.hooked import PLAN, TinyModel, files_of, random_prompts, write_run
 
 N_LAYERS, N_HEADS = 2, 2
 DIMS = ("layer", "head", "prompt", "target")
@@ -264,7 +264,7 @@ KILLED = """
 import os, signal, sys
 import numpy as np
 import actdb
-from test_add_site import DIMS, blocks_of, interactions
+from tests.test_add_site import DIMS, blocks_of, interactions
 
 with actdb.open(sys.argv[1], mode="a") as db:
     run = db.run()
@@ -282,7 +282,7 @@ with actdb.open(sys.argv[1], mode="a") as db:
 def test_a_killed_call_leaves_no_site(database: Path, block: int) -> None:
     before = files_of(database)
     command = [sys.executable, "-c", KILLED, str(database), str(block)]
-    died = subprocess.run(command, cwd=Path(__file__).parent, check=False)
+    died = subprocess.run(command, cwd=Path(__file__).parents[1], check=False)
     assert died.returncode == -9
     with actdb.open(database) as db:
         assert "interaction" not in db.run()

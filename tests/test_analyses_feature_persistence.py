@@ -325,7 +325,7 @@ def test_the_study_runs_end_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With four short trainings in this process; every step after them as it is."""
-    plan = [Training("default", seed=s, n_epochs=2, all_sites=s == 42) for s in (42, 43)]
+    plan = [Training("default", seed=s, n_epochs=2, all_sites=True) for s in (42, 43)]
     plan += [Training("he", seed=s, n_epochs=2, scheme="he", every_checkpoint=False) for s in (42, 43)]
     monkeypatch.setattr(study, "plan_trainings", lambda extent, seed: plan)
     monkeypatch.setattr(training, "N_PROCESSES", 1)
@@ -345,6 +345,24 @@ def test_the_study_runs_end_to_end(
         stored = db.sql("SELECT count(*) FROM results WHERE analysis = 'feature_persistence'").fetchone()
     assert eta == (8 * 256, 8, pytest.approx(0, abs=0.3))
     assert stored == (len(results),)
+
+
+def test_trainings_that_are_there_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    db = tmp_path / "x.actdb"
+    plan = [Training("default", seed=s, n_epochs=2) for s in (1, 2)]
+    monkeypatch.setattr(training, "N_PROCESSES", 1)
+    first = training.run_trainings(plan, db)
+    trained: list[Training] = []
+    run = training.run_training
+    monkeypatch.setattr(training, "run_training", lambda made, out: (trained.append(made), run(made, out))[1])
+    longer = Training("longer", seed=1, n_epochs=4)
+    again = training.run_trainings([*plan, longer], db)
+    assert trained == [longer]
+    assert again[:2] == first
+    with actdb.open(db) as database:
+        database.remove("default-seed2-step64")
+    training.run_trainings(plan, db)
+    assert trained == [longer, plan[1]]
 
 
 def test_a_named_model_is_measured(

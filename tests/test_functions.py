@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -597,10 +598,14 @@ def test_lens_refuses(lenses: Callable[..., Any], k: int, kind: str, message: st
         db.sql(f"SELECT logit_lens(0, 0, 0, {k})")
 
 
-def test_examples_in_the_documentation_run(lenses: Callable[..., Any], database: Path) -> None:
+def test_examples_in_the_documentation_run(lenses: Callable[..., Any], database: Path, tmp_path: Path) -> None:
     from actdb.catalog.documentation import FUNCTIONS
 
+    copy = shutil.copytree(database, tmp_path / "x.actdb")
+    with actdb.open(copy, mode="a") as db:
+        block = actdb.Block(np.ones((2, 2, 20, 4), np.float32), np.array(db.run().prompt_ids(order="stored")))
+        db.run().add_site("interaction", dims=("layer", "head", "prompt", "target"), blocks=[block])
     for function in FUNCTIONS:
-        with actdb.open(lenses("gpt2")[0] if function.name == "logit_lens" else database) as db:
+        with actdb.open(lenses("gpt2")[0] if function.name == "logit_lens" else copy) as db:
             example = function.example.replace("range(4)", "range(2)")
             assert db.sql(example).fetchall(), function.name

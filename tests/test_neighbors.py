@@ -497,7 +497,7 @@ def run_command(*arguments: object) -> Any:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
-def test_nearest_on_the_command_line(path: Path, db: actdb.Database) -> None:
+def test_nearest_on_the_command_line(path: Path, db: actdb.Database, tmp_path: Path) -> None:
     place = ("nearest", path, "resid_post", "--layer", 1, "--prompt", 3, "--pos", -1)
     result = run_command(*place, "-k", 4, "--exclude-prompt", "--where", "kind = 'a'", "--metric", "l2")
     assert result.exit_code == 0, result.output
@@ -507,6 +507,12 @@ def test_nearest_on_the_command_line(path: Path, db: actdb.Database) -> None:
     lines = result.stdout.splitlines()
     assert lines[0] == "run,rank,prompt_id,pos,distance,token,context,kind,i"
     assert [line.split(",")[2:4] for line in lines[1:]] == found[["prompt_id", "pos"]].astype(str).values.tolist()
+    np.save(tmp_path / "v.npy", db.run()["resid_post"].sel(layer=1, prompt=3, pos=-1).numpy())
+    by_file = run_command("nearest", path, "resid_post", "--layer", 1, "--vector", tmp_path / "v.npy", "-k", 1)
+    assert by_file.stdout.splitlines()[1].startswith("tiny,0,3,")
+    (tmp_path / "w.npy").write_text("no array")
+    refused = run_command("nearest", path, "resid_post", "--layer", 1, "--vector", tmp_path / "w.npy")
+    assert "vector: give an array of numbers, or a .npy file of one" in str(refused.exception)
     for wrong, message in [(("-k", 0), "k 0: must be at least 1"), (("--map", "x"), "map 'x'")]:
         refused = run_command(*place, *wrong)
         assert isinstance(refused.exception, SettingError)

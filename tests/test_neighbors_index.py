@@ -110,8 +110,8 @@ def test_the_recall_is_that_of_rows_held_out(db: actdb.Database, monkeypatch: py
     np.testing.assert_array_equal(number_order(len(rows), held), [*others, *held])
     distances = np.linalg.norm(values[held][:, None] - values, axis=-1)
     furthest = np.sort(distances[:, others], axis=1)[:, 9]
-    library.set_breadth(opened.loaded, record.design, 1)
-    found = opened.order[library.search_index(opened.loaded, (values[held] * record.scale).astype(np.float32), 60)]
+    scaled = (values[held] * record.scale).astype(np.float32)
+    found = opened.order[library.search_index(opened.loaded, record.design, scaled, 60, 1)]
     hits = 0
     for mine, last, numbers in zip(distances, furthest, found.tolist(), strict=True):
         first = [number for number in numbers if number not in record.held][:10]

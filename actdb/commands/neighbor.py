@@ -74,6 +74,7 @@ def index(database: Path, site: str, run: str | None, **options: Any) -> None:
 @comparison_options
 @click.option("--prompt", type=int, metavar="N", help="Query by a stored row: its prompt id.")
 @click.option("--pos", type=int, metavar="N", help="Its position, -1 for the last; of --text, default the last.")
+@click.option("--vector", type=click.Path(path_type=Path), metavar="FILE", help="Query by a vector: a .npy file.")
 @click.option("--text", help="Query by a text, run through the model.")
 @click.option("--model", metavar="NAME|FOLDER", help="The run's model, for --text; default: the name recorded.")
 @click.option("--tokenizer", metavar="NAME|FOLDER", help="Its tokenizer, for --text; default: the model's own.")
@@ -87,7 +88,7 @@ def index(database: Path, site: str, run: str | None, **options: Any) -> None:
 def nearest(
     database: Path, site: str, run: str | None, format: str | None, output: Path | None, **options: Any
 ) -> None:
-    """List the stored rows of SITE nearest to a row or a text, with tokens in context, distance and labels.
+    """List the stored rows of SITE nearest to a row, a vector or a text, with tokens in context, distance and labels.
 
     \b
     actdb nearest DB resid_post --layer 6 --prompt 17 --pos -1 -k 10

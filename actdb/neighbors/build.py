@@ -38,7 +38,7 @@ SAVING_SHARE = 0.1
 """Share of the time that may go into writing it down."""
 BLOCK_ROWS = 4096
 HELD_ROWS, SCALED_ROWS = 512, 1024
-ASTRAY = 0.005
+ASTRAY = 0.01
 """Share of queries that may find less than half of what is aimed at: a graph misleads few, but those wholly."""
 RECALL_K = 10
 SEED = 0
@@ -191,10 +191,10 @@ class _Build:
         excluded = Excluded(nobody.begins, nobody.ends, mask)
         truth = exact.search(self.rows, queries, k, excluded, choose_processor())
         truth = measure(self.rows, queries, truth.numbers, k)
+        candidates = library.CANDIDATES.get(self.design.kind, 1)
         breadth, recalls = 0, np.zeros(1)
         for breadth in self.design.breadths or [0]:
-            library.set_breadth(index, self.design, breadth)
-            ids = library.search_index(index, queries * self.scale, k * library.CANDIDATES.get(self.design.kind, 1))
+            ids = library.search_index(index, self.design, queries * self.scale, k * candidates, breadth)
             found = measure(self.rows, queries, np.where(ids < 0, -1, order[ids]), k)
             recalls = recalls_of(found, truth)
             if recalls.mean() >= self.recall and (recalls < self.recall / 2).mean() <= ASTRAY:

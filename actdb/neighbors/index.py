@@ -222,8 +222,7 @@ class Index:
         fetch = n + int((excluded.ends - excluded.begins).max(initial=0))
         scaled = queries * np.float32(self.record.scale)
         for breadth in [b for b in design.breadths if b >= least] or design.breadths[-1:] or [0]:
-            library.set_breadth(self.loaded, design, breadth)
-            ids = library.search_index(self.loaded, scaled, fetch)
+            ids = library.search_index(self.loaded, design, scaled, fetch, breadth)
             numbers = np.where(ids < 0, -1, self.order[ids])
             barred = (numbers >= excluded.begins[:, None]) & (numbers < excluded.ends[:, None])
             numbers[barred] = -1

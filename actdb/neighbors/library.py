@@ -115,17 +115,15 @@ def n_training_rows(design: Design, n_rows: int) -> int:
     return min(n_rows, max(64 * design.n_lists, 2 * PQ_ROWS if design.code_bytes else 0)) if design.n_lists else 0
 
 
-def set_breadth(index: Any, design: Design, breadth: int) -> None:
-    """Set how widely a search looks."""
+def search_index(index: Any, design: Design, queries: Floats, k: int, breadth: int) -> Ints:
+    """Return the ids of the `k` nearest [query, k] that an index finds, so widely searched; −1 where it found fewer."""
+    faiss = load_faiss()
+    options = None
     if design.kind == "hnsw":
-        index.hnsw.efSearch = breadth
+        options = faiss.SearchParametersHNSW(efSearch=breadth)
     elif design.kind != "flat":
-        index.nprobe = breadth
-
-
-def search_index(index: Any, queries: Floats, k: int) -> Ints:
-    """Return the ids of the `k` nearest [query, k] by the index, −1 where it found fewer."""
-    _, ids = index.search(np.ascontiguousarray(queries), min(k, int(index.ntotal)))
+        options = faiss.SearchParametersIVF(nprobe=breadth)
+    _, ids = index.search(np.ascontiguousarray(queries), min(k, int(index.ntotal)), params=options)
     return np.asarray(ids, np.int64)
 
 

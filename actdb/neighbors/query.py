@@ -1,6 +1,7 @@
 """The vector that is asked about: a stored row, a vector given, or the last position of a text."""
 
 import operator
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,14 +34,15 @@ def make_query(
     *,
     prompt: int | None = None,
     pos: int | None = None,
-    vector: npt.ArrayLike | None = None,
+    vector: npt.ArrayLike | str | os.PathLike[str] | None = None,
     text: str | None = None,
     model: Any = None,
     tokenizer: Any = None,
 ) -> Query:
     """Return the query by one of: a stored row (prompt and pos), a vector [width], a text (at pos, default the last).
 
-    Raises `SettingError` unless exactly one is given and fits, `SelectionError` for a row that is not stored.
+    `vector` may be the path of a .npy file. Raises `SettingError` unless exactly one is given and fits,
+    `SelectionError` for a row that is not stored.
     """
     given = [name for name, value in (("prompt", prompt), ("vector", vector), ("text", text)) if value is not None]
     if len(given) != 1:
@@ -58,11 +60,12 @@ def make_query(
     return _stored(plane, operator.index(prompt), pos)  # type: ignore[arg-type]
 
 
-def _vector(plane: Plane, given: npt.ArrayLike) -> Floats:
+def _vector(plane: Plane, given: npt.ArrayLike | str | os.PathLike[str]) -> Floats:
     try:
-        vector = np.asarray(given, np.float32)
-    except (TypeError, ValueError) as exc:
-        raise SettingError("vector: give an array of numbers") from exc
+        held = np.load(given, allow_pickle=False) if isinstance(given, str | os.PathLike) else given
+        vector = np.asarray(held, np.float32)
+    except (OSError, TypeError, ValueError) as exc:
+        raise SettingError(f"vector: give an array of numbers, or a .npy file of one ({exc})") from exc
     if vector.shape != (plane.width,):
         raise SettingError(f"vector: {plane} has vectors of {plane.width} values, not {list(vector.shape)}")
     if not np.isfinite(vector).all():

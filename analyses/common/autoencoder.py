@@ -112,7 +112,8 @@ def train_autoencoder(
     model = SparseAutoencoder(width, n_latents, k, seed=seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.999))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (n_steps - step) / (0.2 * n_steps)))
-    losses, silent = [], torch.zeros(n_latents, dtype=torch.long)  # rows since a latent fired
+    losses: list[float] = []
+    silent = torch.zeros(n_latents, dtype=torch.long)  # rows since a latent fired
     read_s = compute_s = 0.0
     stream = selection.shuffled(batch_rows, seed=seed, epochs=epochs)
     with tqdm(total=n_steps, desc=name, unit="step", disable=None, leave=False) as bar:

@@ -25,7 +25,10 @@ ROW_BLOCK = 16_384
 
 @dataclass(frozen=True)
 class Place:
-    """A part of an activation: a hook, and the head, neuron or position of it (None: all)."""
+    """A part of an activation: a hook, and the head, neuron or position of it (None: all).
+
+    Of a pattern `pos` is the query and `neuron` the key.
+    """
 
     hook: str
     head: Index = None

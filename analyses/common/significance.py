@@ -90,6 +90,24 @@ def bootstrap_interval(
     return Estimate(float(statistic(*arrays)), float(low), float(high), min(map(len, arrays)))
 
 
+def ratio_interval(
+    a: Sequence[float] | npt.NDArray[Any], b: Sequence[float] | npt.NDArray[Any], *, seed: int
+) -> Estimate:
+    """Return Σ a ÷ Σ b of paired values with its bootstrap interval over pairs; one pair has an interval without end.
+
+    NaN where Σ b is 0.
+    """
+    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+
+    def ratio(above: Floats, below: Floats) -> float:
+        total = float(np.sum(below))
+        return float(np.sum(above)) / total if total else np.nan
+
+    if len(x) < 2:
+        return Estimate(ratio(x, y), -np.inf, np.inf, len(x))
+    return bootstrap_interval(x, y, statistic=ratio, paired=True, seed=seed)
+
+
 def difference_test(
     a: Sequence[float] | npt.NDArray[Any], b: Sequence[float] | npt.NDArray[Any], *, seed: int
 ) -> Comparison:
@@ -97,6 +115,13 @@ def difference_test(
     return _permute(
         (a, b), lambda x, y, axis: np.mean(x, axis=axis) - np.mean(y, axis=axis), kind="independent", seed=seed
     )
+
+
+def paired_test(
+    a: Sequence[float] | npt.NDArray[Any], b: Sequence[float] | npt.NDArray[Any], *, seed: int
+) -> Comparison:
+    """Test whether paired values differ in their mean, by permuting which of the two is which, pair by pair."""
+    return _permute((a, b), lambda x, y, axis: np.mean(x - y, axis=axis), kind="samples", seed=seed)
 
 
 def correlation_test(

@@ -11,7 +11,7 @@ from analyses.feature_persistence.attention import Attention
 from analyses.feature_persistence.correlation import Correlation, ImportanceOfFeatures, Share
 from analyses.feature_persistence.experiment import Experiments, Finding
 from analyses.feature_persistence.null import NullCheck
-from analyses.feature_persistence.selection import KINDS, Selectivity
+from analyses.feature_persistence.selection import KINDS, LEVEL, Selectivity
 from analyses.feature_persistence.source import Sources
 from analyses.feature_persistence.toolkit import Toolkit
 from analyses.feature_persistence.tracking import History, chance_persistence, fate, persistence
@@ -56,39 +56,36 @@ def initial_claims(found: Sequence[Selectivity], null: NullCheck) -> list[Claim]
     return [*claims, claim("init.interaction.eta_mean", mean_interval(interaction), null=expected, about=about)]
 
 
-def site_claims(found: Mapping[str, Selectivity]) -> list[Claim]:
-    """Step 1 for dimensions that are no neurons: of one untrained model."""
+def site_claims(found: Mapping[str, Sequence[Selectivity]]) -> list[Claim]:
+    """Step 1 for dimensions that are no neurons, by site: means over untrained models."""
     claims = []
-    for site, item in found.items():
+    for site, items in found.items():
         for kind in KINDS:
-            flags = item.selective(kind)
-            about = f"share of the dimensions of {site} (all layers) selective for {kind}"
+            shares = mean_interval([float(item.selective(kind).mean()) for item in items], within=SHARE)
+            about = f"share of the dimensions of {site} (all layers) selective for {kind}, mean over seeds"
             claims.append(
-                claim(f"init.{site}.{kind}.selective", proportion_interval(int(flags.sum()), flags.size), about=about)
+                claim(f"init.{site}.{kind}.selective", shares, null=LEVEL / items[0].token.p.shape[1], about=about)
             )
     return claims
 
 
-def attention_claims(found: Attention) -> list[Claim]:
-    """Step 1: does untrained attention average to 1/n, and does it vary with the input?"""
-    claims = []
-    for layer, head in np.ndindex(found.distance.shape):
-        about = f"greatest |mean weight − 1/{round(1 / found.uniform)}| over query and key; null: what chance gives"
-        apart = float(found.distance[layer, head])
-        verdict = "not uniform" if apart > 2 * found.expected[layer, head] else "uniform"
-        claims.append(
-            Claim(
-                f"init.attention.{layer}.{head}.distance_from_uniform",
-                apart,
-                n=found.n_prompts,
-                null=float(found.expected[layer, head]),
-                verdict=verdict,
-                about=about,
-            )
-        )
-    about = "standard deviation of an attention weight over inputs, mean over heads, queries and keys"
-    spread = mean_interval(found.deviation)
-    return [*claims, claim("init.attention.deviation", spread, null=0.0, about=about)]
+def attention_claims(found: Sequence[Attention]) -> list[Claim]:
+    """Step 1: does untrained attention average to 1/n, and does it vary with the input? Means over seeds and heads."""
+    n = round(1 / found[0].uniform)
+    apart = mean_interval([float(item.distance.mean()) for item in found])
+    chance = float(np.mean([item.expected for item in found]))
+    verdict = "not uniform" if apart.low > chance else "uniform"
+    about = f"greatest |mean weight − 1/{n}| over query and key, mean over heads and seeds; null: sampling alone"
+    spread = mean_interval([float(item.deviation.mean()) for item in found])
+    return [
+        claim("init.attention.distance_from_uniform", apart, null=chance, verdict=verdict, about=about),
+        claim(
+            "init.attention.deviation",
+            spread,
+            null=0.0,
+            about="standard deviation of an attention weight over inputs, mean over heads, queries, keys and seeds",
+        ),
+    ]
 
 
 def null_claims(null: NullCheck) -> list[Claim]:
@@ -98,7 +95,9 @@ def null_claims(null: NullCheck) -> list[Claim]:
         n = null.n_repetitions * null.n_neurons
         rate = proportion_interval(null.false_positives[kind], n)
         about = f"noise neurons called selective for {kind}, of {n}, at p < 0.01 / {null.n_neurons}"
-        claims.append(claim(f"null.{kind}.false_positives", rate, null=0.01 / null.n_neurons, about=about))
+        allowed = LEVEL / null.n_neurons
+        verdict = "as expected" if rate.low <= allowed else "more than allowed"
+        claims.append(claim(f"null.{kind}.false_positives", rate, null=allowed, verdict=verdict, about=about))
         about = f"mean η² of noise by {kind}; null: (groups − 1) / (n − 1)"
         expected, mean = null.expected_eta[kind], null.mean_eta[kind]
         agrees = "as expected" if abs(mean / expected - 1) < 0.05 else "not as expected"

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def time_runs(db: Path, *, n_seeds: int) -> dict[str, float]:
     """Train and harvest `n_seeds` × 10 runs, and time harvests, opening and the first query."""
-    timed = np.array([pair for seed in range(n_seeds) for pair in harvest_seed(db, seed)])  # [run, (harvest, forward)]
+    timed = np.array([times for seed in range(n_seeds) for times in harvest_seed(db, seed)])
     overhead = timed[:, 0] - timed[:, 1]
     began = time.perf_counter()
     with actdb.open(db) as database:
@@ -57,27 +57,32 @@ def time_runs(db: Path, *, n_seeds: int) -> dict[str, float]:
         "overhead_s_median": float(np.median(overhead)),
         "overhead_s_mean": float(overhead.mean()),
         "overhead_s_of_last_tenth": float(np.median(overhead[-max(1, len(overhead) // 10) :])),
+        "harvest_cpu_s_median": float(np.median(timed[:, 2])),
         "open_s": opened - began,
         "first_query_s": queried - opened,
         "head_stats_rows": n_rows[0] if n_rows else 0,
     }
 
 
-def harvest_seed(db: Path, seed: int) -> list[tuple[float, float]]:
-    """Train one seed and harvest ten checkpoints; returns the seconds of each harvest and of its forward pass alone."""
+def harvest_seed(db: Path, seed: int) -> list[tuple[float, float, float]]:
+    """Train one seed and harvest ten checkpoints.
+
+    Returns of each the seconds of the harvest, of the forward pass alone, and the processor's seconds of the harvest:
+    on a busy machine the last alone tells.
+    """
     model = PostNormTransformer(seed=seed, name=f"seed{seed}")
     prompts, ids = probe_prompts(), torch.from_numpy(training_sequences(seed))
     probe = torch.tensor([prompt["tokens"] for prompt in prompts])
     harvest = harvest_steps(model, prompts, db, run=f"seed{seed}", sites=("mlp_post",), store="float32")
-    timed: list[tuple[float, float]] = []
+    timed: list[tuple[float, float, float]] = []
 
     def visit(step: int) -> None:
         began = time.perf_counter()
         with torch.inference_mode():
             model(probe)
-        middle = time.perf_counter()
+        middle, busy = time.perf_counter(), time.process_time()
         harvest(step)
-        timed.append((time.perf_counter() - middle, middle - began))
+        timed.append((time.perf_counter() - middle, middle - began, time.process_time() - busy))
 
     n_steps = N_CHECKPOINTS * STEPS_PER_EPOCH
     train(

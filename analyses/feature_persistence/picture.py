@@ -105,6 +105,7 @@ def draw_variants(path: Path, shares: Mapping[str, Mapping[str, Share]]) -> str:
             x_label="share",
         )
         _mark_chance(axes[i], [by_kind[kind].chance for by_kind in shares.values()])
+        axes[i].legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
         axes[i].set_xlim(-0.02, 1.02)
     figure.save(made, path)
     return "Persistence by initialisation, learning rate, duration, task and mask; ticks: neurons shuffled"

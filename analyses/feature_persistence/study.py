@@ -46,17 +46,15 @@ def run_study(options: Options) -> Study:
     """Train, harvest, measure; see the steps in the folder's README."""
     extent = SMALL if options.small else FULL
     trainings = plan_trainings(extent, seed=options.seed)
-    n_runs = sum(len(training.steps) for training in trainings)
-    note(f"training {len(trainings)} models and harvesting {n_runs} checkpoints into {options.db}")
     trained = run_trainings(trainings, options.db)
     with actdb.open(options.db) as db:
         return _Steps(options, extent, trained, db).all()
 
 
 def plan_trainings(extent: Extent, *, seed: int) -> list[Training]:
-    """Return the main trainings, the first with all sites, and the variants, each of which changes one thing."""
+    """Return the main trainings, with all sites, and the variants, each of which changes one thing."""
     seeds = range(seed, seed + extent.n_seeds)
-    main = [Training(MAIN, seed=s, all_sites=s == seed) for s in seeds]
+    main = [Training(MAIN, seed=s, all_sites=True) for s in seeds]
     variants: dict[str, dict[str, object]] = {scheme: {"scheme": scheme} for scheme in SCHEMES[1:]}
     variants |= {f"rate-{rate}": {"learning_rate": rate} for rate in (3e-4, 3e-3)}
     variants |= {"40-epochs": {"n_epochs": 40}, "causal": {"causal": True}}
@@ -127,11 +125,11 @@ class _Steps:
         final = [measure(self.db.run(item.training.runs[-1])) for item in self.main]
         noise = null.expected_eta[KINDS[0]]
         self._figure("effect_sizes", picture.draw_effect_sizes(self._path("effect_sizes"), found, final, noise))
-        others = {site: measure(initial[0], site) for site in ("mlp_out", "resid_mid", "resid_post")}
+        others = {site: [measure(run, site) for run in initial] for site in ("mlp_out", "resid_mid", "resid_post")}
         return [
             *claiming.initial_claims(found, null),
             *claiming.site_claims(others),
-            *claiming.attention_claims(describe_attention(initial[0])),
+            *claiming.attention_claims([describe_attention(run) for run in initial]),
         ]
 
     def _correlations(self, histories: dict[str, list[History]]) -> list[Claim]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 
 import actdb
 from analyses.common.metric import next_token_loss
+from analyses.common.program import note
 from analyses.common.training import harvest_steps, train
 from analyses.feature_persistence.model import PostNormTransformer
 from analyses.feature_persistence.task import N_TRAINING, PATTERNS, probe_prompts, training_sequences
@@ -23,6 +24,7 @@ EPOCHS_BETWEEN = 2
 ALL_SITES = ("mlp_post", "mlp_out", "resid_pre", "resid_mid", "resid_post", "z", "pattern")
 N_PROCESSES = 2
 TABLE = "trainings"
+LOSSES = ("first_loss", "first_epoch_loss", "last_loss")
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def run_training(training: Training, db: Path) -> Trained:
             db,
             run=training.name,
             sites=ALL_SITES if training.all_sites else ("mlp_post",),
-            stats=("heads", "neurons") if training.all_sites else ("neurons",) if training.every_checkpoint else (),
+            stats=("heads", "neurons") if training.all_sites else (),
             store="float32",
         ),
         name=training.name,
@@ -107,20 +109,45 @@ def batch_loss(model: PostNormTransformer, ids: torch.Tensor, step: int) -> torc
 
 
 def run_trainings(trainings: Sequence[Training], db: Path) -> list[Trained]:
-    """Run trainings in processes that share the database, and keep a table of them in it."""
+    """Run trainings in processes that share the database, and keep a table of them in it.
+
+    Those that the table has already, with the same settings and all their runs complete, are not repeated.
+    """
+    known = finished_trainings(db)
+    missing = [training for training in trainings if training not in known]
+    note(f"training {len(missing)} of {len(trainings)} models and harvesting their checkpoints into {db}")
     if N_PROCESSES == 1:
-        trained = [run_training(training, db) for training in trainings]
+        made = [run_training(training, db) for training in missing]
     else:
         context = get_context("spawn")  # a forked torch would inherit the threads of its parent
         with ProcessPoolExecutor(N_PROCESSES, mp_context=context, initializer=_use_one_thread) as pool:
-            trained = list(pool.map(run_training, trainings, [db] * len(trainings)))
-    losses = ("first_loss", "first_epoch_loss", "last_loss")
+            made = list(pool.map(run_training, missing, [db] * len(missing)))
+    known |= {item.training: item for item in made}
     rows = [
-        {**asdict(t.training), "name": t.training.name, **{name: getattr(t, name) for name in losses}} for t in trained
+        {**asdict(t.training), "name": t.training.name, **{key: getattr(t, key) for key in LOSSES}}
+        for t in known.values()
     ]
     with actdb.open(db, mode="a") as database:
         database.add_table(TABLE, pa.Table.from_pylist(rows), replace=True)
-    return trained
+    return [known[training] for training in trainings]
+
+
+def finished_trainings(db: Path) -> dict[Training, Trained]:
+    """Return the trainings of a database whose runs are all there and complete; none where it is none yet."""
+    if not (db / "actdb.json").is_file():
+        return {}
+    with actdb.open(db) as database:
+        if TABLE not in database.snapshot.tables:
+            return {}
+        complete = {run.name for run in database.runs() if run.status == "complete"}
+        rows = database.sql(f"SELECT * FROM {TABLE}").df().to_dict("records")
+    names = [field.name for field in fields(Training)]
+    found = {}
+    for row in rows:
+        training = Training(**{**{name: row[name] for name in names}, "patterns": tuple(row["patterns"])})
+        if complete.issuperset(training.runs):
+            found[training] = Trained(training, *(float(row[key]) for key in LOSSES))
+    return found
 
 
 def losses_by_group(trained: Sequence[Trained]) -> dict[str, npt.NDArray[np.float64]]:

@@ -110,10 +110,17 @@ def measure_self(scores: Scores, reference: Scores | None = None) -> SelfAttenti
     spearman = float("nan")
     if reference is not None:
         chosen = np.linspace(0, len(scores) - 1, min(N_SPEARMAN_ROWS, len(scores))).astype(int)
-        first, second = (stats.rankdata(values[chosen], axis=1) for values in (scores, reference))
-        spearman = float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(first, second, strict=True)]))
+        first, second = (_standard_ranks(values[chosen]) for values in (scores, reference))
+        spearman = float((first * second).mean())
     accuracy = {cutoff: float((ranks <= cutoff).mean()) for cutoff in CUTOFFS}
     return SelfAttention(float(ranks.mean()), float((1 / ranks).mean()), accuracy, spearman)
+
+
+def _standard_ranks(rows: Scores) -> Floats:
+    """Ranks within each row, with mean 0 and deviation 1: their products average to Spearman's correlation."""
+    ranks = stats.rankdata(rows, axis=1)
+    ranks -= ranks.mean(1, keepdims=True)
+    return np.asarray(ranks / np.maximum(ranks.std(1, keepdims=True), 1e-12))
 
 
 NEGATIVE_FACTORS = (1.1, 1.0, 0.5, 0.0, -0.5, -1.0)

@@ -46,7 +46,7 @@ class Categories:
 
     def text(self, token: int) -> str:
         """Return a token's text, or its number."""
-        return self.texts.get(token, f"t{token}").strip() or f"t{token}"
+        return self.texts.get(token, f"t{token}").strip() or "␣"
 
     def labels(self, n_tokens: int) -> npt.NDArray[np.int64]:
         """Return the category of each token id below `n_tokens`, −1 for none."""

@@ -40,7 +40,7 @@ class Circuit:
     @property
     def bound(self) -> int:
         """The rank that S and A cannot exceed: 2·d_head, or d_model."""
-        return min(2 * self.query.shape[1], self.query.shape[0])
+        return int(min(2 * self.query.shape[1], self.query.shape[0]))
 
     @cached_property
     def _basis(self) -> Floats:
@@ -127,7 +127,7 @@ class TokenScores:
         change = self.values * (np.asarray(factors) - 1)
         chosen = np.flatnonzero(change)
         part = self.projected[:, chosen]
-        return self.base + (part * change[chosen].astype(np.float32)) @ part.T
+        return np.asarray(self.base + (part * change[chosen].astype(np.float32)) @ part.T)
 
 
 def token_scores(inputs: npt.NDArray[Any], circuit: Circuit) -> TokenScores:

@@ -40,8 +40,10 @@ def run_existing(options: Options) -> Study:
         entries += claiming.ranking_claims(ranked, seed=options.seed, n=n)
         if not options.own.all_heads:
             layer, head = options.own.layer, options.own.head
-            place = (ranked[0].layer, ranked[0].head) if layer is None or head is None else (layer, head)
-            entries += _split(run, *place, options, figures)
+            if layer is None or head is None:
+                best = max(ranked, key=lambda entry: entry.shuffled - entry.score)
+                layer, head = best.layer, best.head
+            entries += _split(run, layer, head, options, figures)
         return Study(run.name, [entry.judged() for entry in entries], figures=figures)
 
 

@@ -40,6 +40,12 @@ def encode_tokens(model: SparseAutoencoder, rows: npt.NDArray[Any]) -> npt.NDArr
         return np.asarray(model.encode(torch.from_numpy(np.asarray(rows, np.float32))).numpy())
 
 
+def similarity(latents: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return the cosine of each pair of tokens' latents [token, latent]: [token, token], 0 with a silent one."""
+    lengths = np.maximum(np.linalg.norm(latents, axis=1, keepdims=True), 1e-12)
+    return np.asarray((latents / lengths) @ (latents / lengths).T)
+
+
 def compare_features(
     latents: npt.NDArray[np.float32],
     scores: npt.NDArray[Any],
@@ -53,8 +59,7 @@ def compare_features(
     The null permutes which word has which features (Mantel's test), which keeps how often each fires.
     """
     generator = np.random.default_rng((seed, 41))
-    lengths = np.maximum(np.linalg.norm(latents, axis=1, keepdims=True), 1e-12)
-    similar = (latents / lengths) @ (latents / lengths).T
+    similar = similarity(latents)
     pairs = ~np.eye(len(labels), dtype=bool)
     same = labels[:, None] == labels[None]
     ranks = stats.rankdata(((scores + scores.T) / 2)[pairs])

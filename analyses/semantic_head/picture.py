@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from analyses.semantic_head.community import Communities, lay_out
 from analyses.semantic_head.score import Ranked
 
 Floats = npt.NDArray[np.float64]
+Reals = npt.NDArray[Any]
 N_SHOWN_TOKENS, N_SHOWN_HEADS, N_SHOWN_COMMUNITIES, N_WORDS_A_CATEGORY = 32, 16, 7, 8
 PALETTE = (*figure.COLOURS[:6], "#999999", "#8B4513")
 
@@ -113,7 +115,9 @@ def draw_communities(
         own = places[found.member[tokens] == community]
         names = ", ".join(_text(categories, int(vocabulary[t])) for t in found.central(community))
         size = int(found.sizes[community])
-        axes.scatter(*own.T, s=14, color=PALETTE[community % len(PALETTE)], label=f"{names} … ({size})", zorder=2)
+        axes.scatter(
+            own[:, 0], own[:, 1], s=14, color=PALETTE[community % len(PALETTE)], label=f"{names} … ({size})", zorder=2
+        )
     axes.set(title=title, xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), title="central tokens (size)")
@@ -234,7 +238,7 @@ def draw_removal(path: Path, changes: Mapping[int, Change], head: int, *, title:
     return "Rise of the loss when a head's output is held at its mean, over text and over words in a known order"
 
 
-def draw_autoencoder(path: Path, trained: Trained, similar: Floats, scores: Floats, same: npt.NDArray[np.bool_]) -> str:
+def draw_autoencoder(path: Path, trained: Trained, similar: Reals, scores: Reals, same: npt.NDArray[np.bool_]) -> str:
     """The autoencoder's training, and the cosine of two words' features against the head's score."""
     made, (left, right) = figure.new_figure(2, width=4.8, height=3.5)
     left.plot(trained.losses, color=figure.COLOURS[0], linewidth=1.0)

@@ -34,8 +34,10 @@ def _run_own(options: Options) -> Study:
     """The hand-built model, and the same shape with random weights as its control."""
     extent = _extent(options)
     categories = planted_categories()
-    subject = Subject("hand-built", build_model(seed=options.seed), categories, options.db, extent, options.seed)
-    control = replace(subject, name="random-control", model=build_control(seed=options.seed))
+    model, control = build_model(seed=options.seed), build_control(seed=options.seed)
+    name = _run_name("hand-built", options)
+    subject = Subject(name, model, categories, options.db, extent, options.seed)
+    control = replace(subject, name=_run_name("random-control", options), model=control)
     place = planted_place()
     known = {
         "symmetric.rank": Known(gold=place.n_positive + place.n_negative),
@@ -60,7 +62,9 @@ def _run_model(options: Options) -> Study:
     short = Path(str(options.model)).name
     name = short if own.random_init is None else f"{short}-random{own.random_init}"
     categories = find_categories(model.tokenizer, d_vocab=int(model.cfg.d_vocab), seed=options.seed)
-    subject = Subject(name, model, categories, options.db, _extent(options), options.seed, text=options.prompts)
+    subject = Subject(
+        _run_name(name, options), model, categories, options.db, _extent(options), options.seed, text=options.prompts
+    )
     return _study(subject, options, _reference(model, short, own.random_init is None))
 
 
@@ -83,8 +87,18 @@ def _study(subject: Subject, options: Options, reference: Reference, *, folder: 
     return Study(run, entries, text=sections(study.head, entries), figures=study.figures)
 
 
+def _run_name(name: str, options: Options) -> str:
+    """Return what the names of a model's runs begin with: sizes share no run, and `--run` tells other studies apart."""
+    base = name if options.run is None else f"{options.run}-{name}" if options.model is None else options.run
+    return f"{base}-small" if options.small else base
+
+
 def _choose(model: Any, options: Options, ranked: list[Ranked]) -> tuple[int, int, int]:
-    """Return layer, head, and how many heads they were chosen from."""
+    """Return layer, head, and how many heads they were chosen from.
+
+    Unless asked for one it is the head that the categories make most of a difference to: the best score alone may be
+    that of a head which attends to everything alike.
+    """
     layer, head = options.own.layer, options.own.head
     if (layer is None) != (head is None):
         raise actdb.SettingError("--layer and --head go together")
@@ -97,7 +111,8 @@ def _choose(model: Any, options: Options, ranked: list[Ranked]) -> tuple[int, in
         return layer, head, 1
     if options.model is not None and Path(options.model).name in GPT2_NAMES:
         return *GPT2_HEAD, 1
-    return ranked[0].layer, ranked[0].head, len(ranked)
+    best = max(ranked, key=lambda entry: entry.shuffled - entry.score)
+    return best.layer, best.head, len(ranked)
 
 
 def _reference(model: Any, name: str, trained: bool) -> Reference:

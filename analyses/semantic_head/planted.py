@@ -91,7 +91,13 @@ def planted_place(*, n_layers: int = 2) -> Planted:
 
 
 def _boot(name: str, *, n_layers: int, seed: int) -> Any:
-    shape = {"n_layers": n_layers, "d_model": D_MODEL, "n_heads": N_HEADS, "d_head": D_HEAD, "d_mlp": N_CATEGORIES}
+    shape: dict[str, Any] = {
+        "n_layers": n_layers,
+        "d_model": D_MODEL,
+        "n_heads": N_HEADS,
+        "d_head": D_HEAD,
+        "d_mlp": N_CATEGORIES,
+    }
     config = TransformerBridgeConfig(
         **shape, n_ctx=N_CTX, d_vocab=D_VOCAB, act_fn="relu", normalization_type="LN", seed=seed, device="cpu"
     )

@@ -1,30 +1,41 @@
 """The whole study of one head: harvests, the steps of the specification, claims and figures."""
 
-from functools import cached_property
+from collections.abc import Mapping
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 import actdb
-from analyses.common.autoencoder import explained_variance, train_autoencoder
+from analyses.common.autoencoder import Trained, explained_variance, train_autoencoder
 from analyses.common.program import note
 from analyses.common.report import Claim
 from analyses.semantic_head import claims as claiming
 from analyses.semantic_head import picture
 from analyses.semantic_head.attention import (
+    SelfAttention,
+    Suppression,
     attention_by_cosine,
     scale_first,
     scale_negative,
     self_suppression,
 )
-from analyses.semantic_head.behaviour import read_behaviour
+from analyses.semantic_head.behaviour import Change, read_behaviour
+from analyses.semantic_head.category import Categories
 from analyses.semantic_head.circuit import Circuit, TokenScores, random_circuit, read_circuit, token_scores
 from analyses.semantic_head.community import agreement, find_communities
-from analyses.semantic_head.feature import compare_features, encode_tokens
+from analyses.semantic_head.feature import compare_features, encode_tokens, similarity
 from analyses.semantic_head.reference import Reference
-from analyses.semantic_head.score import Ranked, permute_categories, rank_heads, score_heads, store_scores
+from analyses.semantic_head.score import (
+    PermutationNull,
+    Ranked,
+    permute_categories,
+    rank_heads,
+    score_heads,
+    store_scores,
+)
 from analyses.semantic_head.subject import RATES, RESIDUAL, Head, Subject, choose_vocabulary
 
 PROGRAMME = "semantic_head"
@@ -35,6 +46,7 @@ ACTIVE_SHARE, LEAST_ACTIVE, MOST_ACTIVE = 24, 4, 32
 HELD_OUT = 8
 """Every so many-th text is kept from the autoencoder."""
 Floats = npt.NDArray[Any]
+Name = TypeVar("Name", int, float)
 
 
 def rank_all(subject: Subject) -> list[Ranked]:
@@ -83,10 +95,6 @@ class HeadStudy:
         run = self._open(self.run_name)
         layer, head = self.head.layer, self.head.head
         own = next(entry for entry in self.ranked if (entry.layer, entry.head) == (layer, head))
-        null = permute_categories(
-            run, self.subject.labels, layer=layer, head=head, n=self.extent.n_permutations, seed=self.seed
-        )
-        self._null_score = float(null.permuted.mean())
         tokens = run.tokens(0).tolist()
         pattern = run["pattern"].sel(layer=layer, head=head, prompt=0).numpy()
         title = f"{self.head.name} of {self.subject.name} on random words"
@@ -96,7 +104,7 @@ class HeadStudy:
         title = f"Heads of {self.subject.name} by semantic score"
         self._keep("ranking", picture.draw_ranking(self._path("ranking"), self.ranked, title=title))
         return [
-            *claiming.score_claims(own, null, n_heads=self.n_chosen_from, seed=self.seed),
+            *claiming.score_claims(own, self._null, n_heads=self.n_chosen_from, seed=self.seed),
             *claiming.ranking_claims(self.ranked, seed=self.seed),
         ]
 
@@ -105,9 +113,9 @@ class HeadStudy:
         scores = {"none": self._scores(self._parts)}
         scores |= {name: self._scores(run) for name, run in self.head.harvest_ablations(self._parts)}
         title = f"What {self.head.name}'s score rests on"
-        caption = picture.draw_ablation(self._path("ablation"), scores, self._null_score, title=title)
-        self._keep("ablation", caption)
-        return list(claiming.ablation_claims(scores, self._null_score, seed=self.seed))
+        null = float(self._null.permuted.mean())
+        self._keep("ablation", picture.draw_ablation(self._path("ablation"), scores, null, title=title))
+        return list(claiming.ablation_claims(scores, null, seed=self.seed))
 
     def relate_cosine(self) -> list[Claim]:
         """Cosine against attention: on the vocabulary, against random weights."""
@@ -144,14 +152,7 @@ class HeadStudy:
         shown = controls[:N_DRAWN_CONTROLS]
         title = f"{self.head.name}: eigenvalues"
         self._keep("spectrum", picture.draw_spectrum(self._path("spectrum"), circuit, shown, title=title))
-        labels = self.subject.labels[self._vocabulary[rows]]
-        words = self._inputs[rows].astype(np.float64)
-
-        def suppression(part: Floats) -> Any:
-            return self_suppression(words @ part @ words.T, labels)
-
-        own, others = suppression(circuit.symmetric), [suppression(each.symmetric) for each in controls]
-        self._suppressed = claiming.is_suppressed(own, others)
+        own, others = self._suppressions
         return [
             *claiming.spectrum_claims(circuit, controls, seed=self.seed),
             *claiming.suppression_claims(own, others, n=len(rows), seed=self.seed),
@@ -159,14 +160,9 @@ class HeadStudy:
 
     def scale(self) -> list[Claim]:
         """Eigenvalue scaling: the negative eigenvalues of S times a factor."""
-        scores, control = self._ranked_scores
-        self._scaled, self._scaled_control = scale_negative(scores), scale_negative(control)
-        n = len(scores.base)
-        return list(
-            claiming.scaling_claims(
-                self._scaled, self._scaled_control, n=n, suppressed=self._suppressed, seed=self.seed
-            )
-        )
+        found, control = self._scaled
+        suppressed, n = claiming.is_suppressed(*self._suppressions), len(self._ranked_scores[0].base)
+        return list(claiming.scaling_claims(found, control, n=n, suppressed=suppressed, seed=self.seed))
 
     def ablate_ranks(self) -> list[Claim]:
         """Rank ablation: the most negative eigenvalues of S times a factor, one by one."""
@@ -174,18 +170,14 @@ class HeadStudy:
         found = scale_first(scores)
         others = scale_first(control, factors=(0.0, 1.0))
         n = len(scores.base)
-        caption = picture.draw_scaling(
-            self._path("scaling"), self._scaled, self._scaled_control, found, n=n,
-            title=f"{self.head.name}: eigenvalues of S scaled",
-        )  # fmt: skip
-        self._keep("scaling", caption)
+        title = f"{self.head.name}: eigenvalues of S scaled"
+        self._keep("scaling", picture.draw_scaling(self._path("scaling"), *self._scaled, found, n=n, title=title))
         return list(claiming.rank_ablation_claims(found, others, n=n, seed=self.seed))
 
     def steer(self) -> list[Claim]:
         """Gradient steering: a step on tr(W_Q W_Kᵀ) up and down, in the live model."""
         runs = dict(self.head.harvest_steering(self._plain))
-        before = self._behaviour(self._plain)
-        changes = {rate: self._behaviour(run).change(before) for rate, run in runs.items()}
+        changes = self._changes(runs)
         shown = {"suppressed": runs[-RATES[-1]], "as it is": self._plain, "boosted": runs[RATES[-1]]}
         patterns = {
             f"{name} ({rate:+g})" if rate else name: self._pattern(run)
@@ -197,21 +189,34 @@ class HeadStudy:
 
     def remove(self) -> list[Claim]:
         """Head ablation: the head's output at its mean, on text and successions."""
-        before = self._behaviour(self._plain)
-        runs = self.head.harvest_without_head(self._plain)
-        changes = {head: self._behaviour(run).change(before) for head, run in runs}
+        changes = self._changes(dict(self.head.harvest_without_head(self._plain)))
         title = f"Without {self.head.name}"
         self._keep("removal", picture.draw_removal(self._path("removal"), changes, self.head.head, title=title))
         return list(claiming.removal_claims(changes, self.head.head, seed=self.seed))
 
     def encode(self) -> list[Claim]:
         """Sparse autoencoder: trained from the database's shuffled rows, its features against attention."""
-        stored = self._corpus["resid_post"].sel(layer=self.head.layer - 1) if self.head.layer else (
-            self._corpus[RESIDUAL].sel(layer=0)
-        )  # fmt: skip
+        trained, explained = self._train()
+        rows = np.flatnonzero(self.subject.labels[self._vocabulary] >= 0)
+        labels = self.subject.labels[self._vocabulary[rows]]
+        scores = self._token_scores.base[np.ix_(rows, rows)]
+        alone = self._alone[RESIDUAL].sel(layer=self.head.layer, prompt=rows.tolist()).numpy()
+        latents = encode_tokens(trained.model, alone)
+        found = compare_features(latents, scores, labels, n_permutations=self.extent.n_permutations, seed=self.seed)
+        pairs = np.triu_indices(len(rows), 1)
+        similar, both_ways = similarity(latents)[pairs], ((scores + scores.T) / 2)[pairs]
+        same = (labels[:, None] == labels[None])[pairs]
+        path = self._path("autoencoder")
+        self._keep("autoencoder", picture.draw_autoencoder(path, trained, similar, both_ways, same))
+        return list(claiming.autoencoder_claims(trained, explained, found, seed=self.seed))
+
+    def _train(self) -> tuple[Trained, float]:
+        """Train the autoencoder on the corpus but for some texts; returns it with what it explains of those."""
+        layer = self.head.layer
+        stored = self._corpus["resid_post"].sel(layer=layer - 1) if layer else self._corpus[RESIDUAL].sel(layer=0)
         prompts = self._corpus.prompt_ids()
-        training = stored.sel(prompt=[p for p in prompts if p % HELD_OUT])
-        held_out = stored.sel(prompt=[p for p in prompts if p % HELD_OUT == 0]).numpy()
+        training = stored.sel(prompt=[prompt for prompt in prompts if prompt % HELD_OUT])
+        held_out = stored.sel(prompt=[prompt for prompt in prompts if prompt % HELD_OUT == 0])
         width = training.shape[-1]
         trained = train_autoencoder(
             training,
@@ -220,27 +225,32 @@ class HeadStudy:
             epochs=max(1, self.extent.autoencoder_rows // training.n_rows),
             seed=self.seed,
         )
-        rows = np.flatnonzero(self.subject.labels[self._vocabulary] >= 0)
-        labels = self.subject.labels[self._vocabulary[rows]]
-        scores = self._token_scores.base[np.ix_(rows, rows)]
-        alone = self._alone[RESIDUAL].sel(layer=self.head.layer, prompt=rows.tolist()).numpy()
-        latents = encode_tokens(trained.model, alone)
-        found = compare_features(latents, scores, labels, n_permutations=self.extent.n_permutations, seed=self.seed)
-        lengths = np.maximum(np.linalg.norm(latents, axis=1, keepdims=True), 1e-12)
-        pairs = np.triu_indices(len(rows), 1)
-        similar = ((latents / lengths) @ (latents / lengths).T)[pairs]
-        same = (labels[:, None] == labels[None])[pairs]
-        path = self._path("autoencoder")
-        self._keep(
-            "autoencoder", picture.draw_autoencoder(path, trained, similar, ((scores + scores.T) / 2)[pairs], same)
-        )
-        explained = explained_variance(trained.model, held_out)
-        return list(claiming.autoencoder_claims(trained, explained, found, seed=self.seed))
+        return trained, explained_variance(trained.model, held_out.numpy())
 
     @property
-    def categories(self) -> Any:
+    def categories(self) -> Categories:
         """The subject's categories."""
         return self.subject.categories
+
+    @cached_property
+    def _null(self) -> PermutationNull:
+        run, head = self._open(self.run_name), self.head
+        n = self.extent.n_permutations
+        return permute_categories(run, self.subject.labels, layer=head.layer, head=head.head, n=n, seed=self.seed)
+
+    @cached_property
+    def _scaled(self) -> tuple[dict[float, SelfAttention], dict[float, SelfAttention]]:
+        """Self-attention with the negative eigenvalues scaled, of the head and of a random circuit."""
+        scores, control = self._ranked_scores
+        return scale_negative(scores), scale_negative(control)
+
+    @cached_property
+    def _suppressions(self) -> tuple[Suppression, list[Suppression]]:
+        """How far the words' own scores in E S Eᵀ lie from those of others, of the head and of random circuits."""
+        rows = np.flatnonzero(self.subject.labels[self._vocabulary] >= 0)
+        words, labels = self._inputs[rows].astype(np.float64), self.subject.labels[self._vocabulary[rows]]
+        found = [self_suppression(words @ e.symmetric @ words.T, labels) for e in (self._circuit, *self._controls)]
+        return found[0], found[1:]
 
     @cached_property
     def _parts(self) -> actdb.Run:
@@ -302,9 +312,12 @@ class HeadStudy:
         place = (self.head.layer, self.head.head)
         return np.array([row["score"] for row in table if (row["layer"], row["head"]) == place])
 
-    def _behaviour(self, run: actdb.Run) -> Any:
+    def _changes(self, runs: Mapping[Name, actdb.Run]) -> dict[Name, Change]:
+        """What interventions change, from the model as it is."""
         self.db.refresh()
-        return read_behaviour(self.db, run.name, layer=self.head.layer, head=self.head.head)
+        read = partial(read_behaviour, self.db, layer=self.head.layer, head=self.head.head)
+        before = read(self._plain.name)
+        return {name: read(run.name).change(before) for name, run in runs.items()}
 
     def _pattern(self, run: actdb.Run) -> Floats:
         return np.asarray(run["pattern"].sel(layer=self.head.layer, head=self.head.head, prompt=0).numpy())

@@ -107,7 +107,9 @@ class Subject:
 
     def harvest_corpus(self, layer: int) -> actdb.Run:
         """Harvest the residual stream before a layer on text: what frequencies and the autoencoder are made from."""
-        below = {"sites": ("resid_post",), "layers": [layer - 1]} if layer else {"sites": (RESIDUAL,), "layers": [0]}
+        below: dict[str, Any] = (
+            {"sites": ("resid_post",), "layers": [layer - 1]} if layer else {"sites": (RESIDUAL,), "layers": [0]}
+        )
         prompts = self.texts(self.extent.n_corpus)
         return self.harvest("corpus", prompts, store="float16", max_length=self._limit, **below)
 
