@@ -26,7 +26,9 @@ def folder(tmp_path: Path) -> Folder:
     return found
 
 
-@pytest.mark.parametrize("name", ["", ".", "runs", "runs/a/run.json", "runs//a/", "runs/link/run.json", "runs/a/none"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "runs", "runs/a/run.json", "runs//a/", "runs/link/run.json", "runs/a/none", "no/way"]
+)
 def test_paths_within_are_resolved(folder: Folder, name: str) -> None:
     assert folder.inside(name) == os.path.realpath(folder.root / name)
 

@@ -101,21 +101,24 @@ class Folder:
         return real
 
     def _plain(self, name: str) -> str | None:
-        """Return the full path where no part of it is a link or leads upwards, and all exist: nothing to resolve.
+        """Return the full path where no part of it is a link or leads upwards: there is nothing to resolve.
 
-        A third of the cost of resolving, which counts where hundreds of runs are opened.
+        A fifth of the cost of resolving, which counts where hundreds of runs are opened.
         """
+        parts = name.split("/")
+        if not {"", os.curdir, os.pardir}.isdisjoint(parts):
+            return None
         path = self._real
-        for part in name.split("/"):
-            if part in ("", os.curdir, os.pardir):
-                return None
-            path = f"{path}/{part}"
-            try:
+        try:
+            for part in parts:
+                path = f"{path}/{part}"
                 if stat.S_ISLNK(os.lstat(path).st_mode):
                     return None
-            except (OSError, ValueError):
-                return None
-        return path
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # nor can anything below it be a link
+        except (OSError, ValueError):
+            return None
+        return f"{self._real}/{name}"
 
     def read_bytes(self, name: str) -> bytes:
         """Return a file's content; raises `DamageError` where it is missing, cannot be read or leads outside."""
