@@ -4,7 +4,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -34,6 +34,19 @@ def open(path: str | os.PathLike[str], *, mode: str = "r") -> "Database":
     and on a read-only disk. Costs one small file read a run. Raises `DatabaseError` where there is no database.
     """
     return Database(path, mode=mode)
+
+
+def open_run(path: str | os.PathLike[str], name: str) -> Run:
+    """Open one run without looking at the others, which would take longer with each further one.
+
+    Raises `DamageError` where its `run.json` is missing or damaged, `RunError` while it has nothing to show.
+    """
+    folder = Folder.open(path)
+    snapshot = commits.take_run_snapshot(folder, name)
+    if snapshot is None:
+        raise RunError(f"run {name!r} in {path} holds nothing yet")
+    database = cache(partial(Database, path))  # opened where a condition needs its tables
+    return Run(folder, snapshot, lambda run, where: database()._matching(run, where))
 
 
 class Database:

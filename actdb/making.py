@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from actdb.database import Database
+from actdb.database import open_run
 from actdb.harvesting.settings import Settings, parse_sites
 from actdb.run import Run
 
@@ -139,4 +139,4 @@ def harvest(
     )
     path = Path(out) if out is not None else Path(f"{planned.model.name}.actdb")
     run_harvest(planned, path, progress=progress)
-    return Database(path).run(planned.info.name)
+    return open_run(path, planned.info.name)

@@ -182,6 +182,8 @@ def test_classifier_names_what_can_be_named_and_nothing_else() -> None:
     assert gap.test.p < 0.01
     assert gap.mcnemar < 0.01
     assert gap.low > 0.2
+    constant = classify(np.ones((90, 3)), category, n_repeats=1, n_null=1, seed=0)
+    assert constant.estimate(seed=0).value <= 1 / 3
     none = compare(guessed, guessed, seed=0)
     assert (none.test.value, none.mcnemar, none.only_first) == (0.0, 1.0, 0)
 

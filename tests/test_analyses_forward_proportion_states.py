@@ -12,7 +12,7 @@ from actdb import hooked
 from analyses.common.metric import kl_divergence
 from analyses.forward_proportion import planted
 from analyses.forward_proportion.batch import batches, make_batch
-from analyses.forward_proportion.patching import ALL, clean_logits, convergent_pairs, patch
+from analyses.forward_proportion.patching import ALL, CleanPairs, clean_logits, convergent_pairs, patch
 from analyses.forward_proportion.perturbation import perturb, random_pairs, strongest_pairs
 from analyses.forward_proportion.prediction import (
     explain,
@@ -251,14 +251,15 @@ def test_one_state_explains_all_or_nothing_where_that_was_built(tmp_path: Path, 
     firsts, lasts = (np.array([run.tokens(p)[i] for p in range(40)]) for i in (0, -1))
     differ = (firsts[a] != firsts[b]) & (lasts[a] != lasts[b])
     a, b = a[differ], b[differ]
-    share = patch(run, model, a, b, layer=0).share(seed=0)
+    pairs = CleanPairs.make(run, model, a, b)
+    share = patch(run, model, pairs, layer=0).share(seed=0)
     if by_last:
         assert share.value == pytest.approx(1, abs=1e-6)
     else:
         assert share.value == pytest.approx(0, abs=1e-3)
-    assert patch(run, model, a, b, layer=1).share(seed=0).value == pytest.approx(1, abs=1e-6)
+    assert patch(run, model, pairs, layer=1).share(seed=0).value == pytest.approx(1, abs=1e-6)
     same = np.array([len(run.tokens(i)) == len(run.tokens(j)) for i, j in zip(a, b, strict=True)])
-    whole = patch(run, model, a[same], b[same], layer=0, n_last=ALL)
+    whole = patch(run, model, CleanPairs.make(run, model, a[same], b[same]), layer=0, n_last=ALL)
     assert whole.share(seed=0).value == pytest.approx(1, abs=1e-6)
 
 
@@ -267,7 +268,7 @@ def test_patching_equals_a_hand_made_one(language_model: tuple[Any, Path]) -> No
     with actdb.open(path) as db:
         run = db.run()
         a, b = np.array([3, 8]), np.array([5, 1])
-        found = patch(run, model, a, b, layer=1, n_last=2)
+        found = patch(run, model, CleanPairs.make(run, model, a, b), layer=1, n_last=2)
         for i, (source, target) in enumerate(zip(a.tolist(), b.tolist(), strict=True)):
             states = torch.from_numpy(run["resid_post"].sel(layer=1, prompt=source).numpy()[-2:])
 

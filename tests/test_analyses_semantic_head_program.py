@@ -91,6 +91,7 @@ def test_every_step_runs_on_other_architectures(
 ) -> None:
     few = replace(EXTENT, n_permutations=5, autoencoder_rows=2000)
     monkeypatch.setattr("analyses.semantic_head.plan.SMALL", few)
+    monkeypatch.setattr("analyses.common.figure.save", lambda figure, path: None)  # drawn, and not rendered
     arguments = ["--model", str(model_folder(kind)), "--size", "small", "--out", str(tmp_path)]
     assert program.main([*arguments, "--layer", "1", "--head", "3"]) == 0
     found = read(tmp_path)

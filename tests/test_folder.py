@@ -64,3 +64,16 @@ def test_a_harvest_looks_through_its_own_folders_only(tmp_path: Path, monkeypatc
     own = {"runs/second", "arrays.zarr/second", f"weights/{run.info.plan['weights_sha256']}"}
     assert {path for path in walked if "/".join(path.split("/")[:2]) not in own} == set()
     assert own <= set(walked)
+
+
+def test_a_harvested_run_is_a_run_of_its_database(tmp_path: Path) -> None:
+    """It is opened without the others, and finds the database where a condition needs it."""
+    out = tmp_path / "x.actdb"
+    actdb.harvest(TinyModel(seed=1), random_prompts(5), out, run="first")
+    run = actdb.harvest(TinyModel(seed=2), random_prompts(6), out, run="second")
+    with actdb.open(out) as db:
+        other = db.run("second")
+        assert (run.name, run.status, run.sites, run.n_prompts) == ("second", "complete", other.sites, 6)
+        chosen = run["z"].sel(layer=0, head=0, where="kind = 'b'")
+        assert (chosen.numpy() == other["z"].sel(layer=0, head=0, where="kind = 'b'").numpy()).all()
+    assert chosen.prompt.max() == 5

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import actdb
-from actdb.harvesting import handover, trial
-from actdb.harvesting.capture import gather_triangles, join_triangles, pad_batch
+from actdb.harvesting import trial
 from actdb.harvesting.backlog import Backlog
+from actdb.harvesting.capture import gather_triangles, join_triangles, pad_batch
 from actdb.harvesting.handover import Handover
 from actdb.harvesting.pipeline import PartWriter
 from actdb.harvesting.statistics.heads import TokenTargets

@@ -197,8 +197,9 @@ def run_batch(
     *,
     interventions: Sequence[Intervention] = (),
     unembed: bool = False,
+    end: str | None = None,
 ) -> Any:
-    """Run a batch once, interventions first, with each hook called on its point's activation."""
+    """Run a batch once, interventions first, with each hook called on its point's activation; see `forward`."""
     with ExitStack() as stack:
         for name, function in interventions:
             attach(stack, model.hook_points[name], function)
@@ -208,7 +209,7 @@ def run_batch(
                 receive(tensor)
 
             attach(stack, point, observe)
-        return forward(model, batch.ids, batch.mask, unembed=unembed)
+        return forward(model, batch.ids, batch.mask, unembed=unembed, end=end)
 
 
 def site_hooks(

@@ -232,7 +232,14 @@ def _run_part_batch(
     hooks = site_hooks(harvest.sites, batch, dtypes, count)
     for statistic in statistics:
         hooks += statistic.hooks(batch)
-    run_batch(harvest.model, batch, hooks, interventions=harvest.interventions, unembed=harvest.needs_unembed)
+    run_batch(
+        harvest.model,
+        batch,
+        hooks,
+        interventions=harvest.interventions,
+        unembed=harvest.needs_unembed,
+        end=harvest.end,
+    )
     for site in harvest.sites:
         if n_received[site.name] != len(site.points):
             raise ModelError(

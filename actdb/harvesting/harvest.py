@@ -50,6 +50,19 @@ class Harvest:
         return self.probe.needs_unembed or "tokens" in self.info.plan["statistics"]
 
     @property
+    def end(self) -> str | None:
+        """The hook point where the layer after the last harvested one begins, if nothing is taken from there on."""
+        layers, kept = self.probe.layers, self.info.plan["statistics"]
+        if not layers or self.needs_unembed or not set(kept) <= {"heads", "neurons"}:
+            return None
+        if any(not site.layers and site.name != "embed" for site in self.sites):
+            return None
+        later = [f"blocks.{layer}." for layer in range(layers[-1] + 1, self.model.n_layers)]
+        if any(name.startswith((*later, "ln_final", "unembed")) for name, _ in self.interventions):
+            return None  # they may be there to look at what later layers do
+        return f"{later[0]}hook_resid_pre" if later else None
+
+    @property
     def raw_bytes(self) -> dict[str, int]:
         """Bytes of each site before encoding."""
         return {spec.name: planning.raw_bytes(spec, self.layout) for spec in self.info.sites}

@@ -95,8 +95,8 @@ class Sighting:
         return tuple(self.value.shape)
 
 
-class UnembeddingReached(Exception):
-    """Raised by a hook to leave a forward pass before the unembedding."""
+class EndReached(Exception):
+    """Raised by a hook to leave a forward pass before its end."""
 
 
 def probe(model: Model, names: Sequence[str] | None, *, layers: Sequence[int] | None) -> Probe:
@@ -170,20 +170,24 @@ def attach(stack: ExitStack, point: HookPoint, function: Any) -> None:
     stack.callback(detach)
 
 
-def forward(model: Model, ids: torch.Tensor, mask: torch.Tensor | None, *, unembed: bool) -> Any:
-    """Run a model; without `unembed`, leave right before the unembedding, where the model names one."""
+def forward(
+    model: Model, ids: torch.Tensor, mask: torch.Tensor | None, *, unembed: bool, end: str | None = None
+) -> Any:
+    """Run a model; without `unembed`, leave right before the unembedding, or at the hook point `end`, if named."""
     with evaluating(model.module), torch.inference_mode(), ExitStack() as stack:
-        if not unembed and UNEMBED in model.hook_points:
-            attach(stack, model.hook_points[UNEMBED], _leave)
+        ends = [model.hook_points[name] for name in (end, UNEMBED) if name is not None and name in model.hook_points]
+        if not unembed and ends:
+            for point in ends:
+                attach(stack, point, _leave)
             try:
                 return model.call(ids, mask)
-            except UnembeddingReached:
+            except EndReached:
                 return None
         return model.call(ids, mask)
 
 
 def _leave(tensor: torch.Tensor, hook: Any) -> None:
-    raise UnembeddingReached
+    raise EndReached
 
 
 def _layers(model: Model, layers: Sequence[int] | None) -> tuple[int, ...]:

@@ -51,7 +51,14 @@ def check_range(harvest: Harvest) -> None:
         wide = dict.fromkeys((site.name for site in harvest.sites), "float32")
         kept = [site for site in harvest.sites if site.transform is None]
         hooks = site_hooks(kept, batch, wide, check)
-        run_batch(harvest.model, batch, hooks, interventions=harvest.interventions, unembed=harvest.needs_unembed)
+        run_batch(
+            harvest.model,
+            batch,
+            hooks,
+            interventions=harvest.interventions,
+            unembed=harvest.needs_unembed,
+            end=harvest.end,
+        )
 
 
 def check_lens(harvest: Harvest) -> None:
@@ -118,6 +125,7 @@ def _runs(harvest: Harvest) -> Callable[[Sequence[int]], bool]:
                 hooks,
                 interventions=harvest.interventions,
                 unembed=harvest.needs_unembed,
+                end=harvest.end,
             )
         except torch.OutOfMemoryError:
             if torch.cuda.is_available():

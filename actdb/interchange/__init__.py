@@ -46,7 +46,7 @@ def import_activations(
     `SettingError` before anything is written, `RunError` where the run's name is taken by another plan,
     `OverflowingError` for values that are not finite or that `store` cannot hold, `SpaceError` for a disk too small.
     """
-    from actdb.database import Database
+    from actdb.database import open_run
     from actdb.harvesting.settings import Settings, parse_sites
     from actdb.interchange.importing import plan_import, run_import
 
@@ -65,4 +65,4 @@ def import_activations(
     given = Path(prompts) if isinstance(prompts, os.PathLike) else prompts
     planned = plan_import(Path(path), given, settings, model=model, padding=padding, pad_to=pad_to, causal=causal)
     run_import(planned, Path(out))
-    return Database(out).run(planned.harvest.info.name)
+    return open_run(out, planned.harvest.info.name)

@@ -281,6 +281,18 @@ def _parse_sealed(text: bytes, path: str) -> dict[str, Any]:
     return value
 
 
+def take_run_snapshot(folder: Folder, name: str) -> RunSnapshot | None:
+    """Read one run and list its commits; None while it has nothing to show, `DamageError` where it is damaged."""
+    info = read_run(folder, name)
+    parts = [part for part in committed_parts(folder, name) if part < info.n_parts]
+    if not parts and not all(folder.exists(record.path) for record in info.files):
+        return None
+    later = {k: tuple(p) for k, p in committed_statistics(folder, name).items() if k in STATISTICS}
+    added = read_added_sites(folder, info)
+    info = replace(info, sites=(*info.sites, *(site.spec for site in added.values()))) if added else info
+    return RunSnapshot(info, tuple(parts), later, added)
+
+
 def take_snapshot(folder: Folder) -> Snapshot:
     """List runs, commits and tables; costs one small file read a run, and one an added site.
 
@@ -290,13 +302,9 @@ def take_snapshot(folder: Folder) -> Snapshot:
     damaged: dict[str, str] = {}
     for name in run_names(folder):
         try:
-            info = read_run(folder, name)
-            parts = [part for part in committed_parts(folder, name) if part < info.n_parts]
-            if parts or all(folder.exists(record.path) for record in info.files):
-                later = {k: tuple(p) for k, p in committed_statistics(folder, name).items() if k in STATISTICS}
-                added = read_added_sites(folder, info)
-                info = replace(info, sites=(*info.sites, *(site.spec for site in added.values()))) if added else info
-                runs[name] = RunSnapshot(info, tuple(parts), later, added)
+            run = take_run_snapshot(folder, name)
+            if run is not None:
+                runs[name] = run
         except DamageError as exc:
             damaged[name] = str(exc)
     tables = {name: tuple(folder.names(f"{TABLES}/{name}")) for name in folder.names(TABLES)}

@@ -308,8 +308,10 @@ def _start_time(pid: int) -> int:
 def _remove_abandoned(parent: str, files: Iterable[str]) -> None:
     for file in files:
         match = TEMPORARY.match(file)
+        if match is None:
+            continue
         path = os.path.join(parent, file)
-        if match and _abandoned(match, path):
+        if _abandoned(match, path):
             with contextlib.suppress(OSError):
                 os.unlink(path)
 

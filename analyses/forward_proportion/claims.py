@@ -1,6 +1,7 @@
 """From what was measured to claims: the figure, its interval, its null, and what the original said of it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -9,6 +10,7 @@ from analyses.common.significance import mean_interval, significant
 from analyses.forward_proportion.finding import Heads, Shares, States
 from analyses.forward_proportion.patching import ALL
 from analyses.forward_proportion.perturbation import Perturbed
+from analyses.forward_proportion.prediction import Explained
 from analyses.forward_proportion.ring import Ring
 from analyses.forward_proportion.subject import Subject
 
@@ -43,15 +45,10 @@ def _community_claims(subject: Subject, heads: Heads, *, seed: int) -> list[Clai
     found = heads.communities
     p = (1 + np.count_nonzero(found.null >= found.modularity)) / (1 + len(found.null))
     about = f"modularity of the co-activation graph; p = {p:.2g} against {len(found.null)} permutations of each head"
+    modularity = claim("communities.modularity", heads.spread, seed=seed, claimed=CLAIMED_MODULARITY, about=about)
+    beside = "above its null" if p <= LEVEL else "not above its null"
     claims = [
-        claim(
-            "communities.modularity",
-            heads.spread,
-            seed=seed,
-            null=float(found.null.mean()),
-            claimed=CLAIMED_MODULARITY,
-            about=about,
-        ),
+        replace(modularity, null=float(found.null.mean()), verdict=f"{modularity.judged().verdict}, {beside}"),
         Claim("communities.n", found.n, n=len(found.member), seed=seed, about="communities of the best cut; n heads"),
         claim(
             "communities.stability",
@@ -167,52 +164,31 @@ def state_claims(found: Sequence[States], *, seed: int) -> list[Claim]:
     claims = []
     middle = found[len(found) // 2].layer
     for item in found:
+        name = f"state.L{item.layer}"
         for (kind, distance, fit), one in item.explained.items():
             about = f"unexplained share of KL by {DISTANCES[distance]} at layer {item.layer}, {fit}, {kind} pairs"
             claimed = CLAIMED_UNEXPLAINED.get(distance) if (item.layer, kind) == (middle, "near") else None
-            claims.append(
-                Claim(
-                    f"state.L{item.layer}.{kind}.{distance}.{fit}",
-                    1 - one.r2,
-                    1 - one.high,
-                    1 - one.low,
-                    one.n,
-                    seed,
-                    null=1 - one.null,
-                    claimed=claimed,
-                    about=about,
-                )
-            )
+            claims.append(_unexplained(f"{name}.{kind}.{distance}.{fit}", one, claimed=claimed, about=about, seed=seed))
         for distance, one in item.explained_js.items():
             about = f"unexplained share of the Jensen–Shannon divergence by {DISTANCES[distance]}, layer {item.layer}"
-            claims.append(
-                Claim(
-                    f"state.L{item.layer}.near.{distance}.js",
-                    1 - one.r2,
-                    1 - one.high,
-                    1 - one.low,
-                    one.n,
-                    seed,
-                    null=1 - one.null,
-                    about=about,
-                )
-            )
-        best = int(np.argmax(item.swept.inside))
-        about = (
-            f"greatest R² of Δ inside the top k singular directions, at k = {item.swept.k[best]} of {item.swept.k[-1]}"
-        )
+            claims.append(_unexplained(f"{name}.near.{distance}.js", one, claimed=None, about=about, seed=seed))
+        swept = item.swept
+        best = int(np.argmax(swept.inside))
+        where = f"k = {swept.k[best]} of {swept.k[-1]}"
+        about = f"greatest R² of Δ inside the top k singular directions: {where}; null: the rest"
+        inside, rest = float(swept.inside[best]), float(swept.outside[best])
+        verdict = "inside tells more" if inside > rest else "the rest tells more"
         claims.append(
-            Claim(
-                f"state.L{item.layer}.sweep",
-                float(item.swept.inside[best]),
-                n=len(item.near),
-                seed=seed,
-                null=float(item.swept.outside[best]),
-                verdict="null: the rest outside them",
-                about=about,
-            )
+            Claim(f"{name}.sweep", inside, n=len(item.near), seed=seed, null=rest, verdict=verdict, about=about)
         )
     return claims
+
+
+def _unexplained(key: str, found: Explained, *, claimed: float | None, about: str, seed: int) -> Claim:
+    """Return 1 − R² with its interval turned round; where nothing is claimed, whether anything is explained."""
+    entry = Claim(key, 1 - found.r2, 1 - found.high, 1 - found.low, found.n, seed, 1 - found.null, None, claimed)
+    explains = "explains some of it" if 1 - found.low < min(1.0, 1 - found.null) else "explains nothing"
+    return replace(entry, about=about, verdict="" if claimed is not None else explains)
 
 
 def share_claims(found: Shares, *, seed: int) -> list[Claim]:

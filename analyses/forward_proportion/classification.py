@@ -86,11 +86,17 @@ def _held_out(features: npt.NDArray[Any], category: Ints, *, seed: int) -> Ints:
     """Return the category predicted of each prompt when its fold was held out."""
     predicted = np.empty(len(category), np.int64)
     for train, test in StratifiedKFold(N_FOLDS, shuffle=True, random_state=seed).split(features, category):
-        n_components = min(N_COMPONENTS, features.shape[1], len(train) - 1)
-        model = make_pipeline(
+        varying = np.ptp(features[train], axis=0) > 0
+        if not varying.any():  # nothing to go by: the commonest category
+            predicted[test] = np.bincount(category[train]).argmax()
+            continue
+        n_components = min(N_COMPONENTS, int(varying.sum()), len(train) - 1)
+        solver = "full" if n_components < N_COMPONENTS else "auto"
+        steps = (
             StandardScaler(),
-            PCA(n_components, svd_solver="full" if features.shape[1] <= N_COMPONENTS else "auto", random_state=seed),
+            PCA(n_components, svd_solver=solver, random_state=seed),
             LogisticRegression(max_iter=2000),
         )
-        predicted[test] = model.fit(features[train], category[train]).predict(features[test])
+        model = make_pipeline(*steps).fit(features[train][:, varying], category[train])
+        predicted[test] = model.predict(features[test][:, varying])
     return predicted

@@ -14,7 +14,7 @@ from analyses.forward_proportion import state
 from analyses.forward_proportion.classification import Accuracy, Gap, classify_all, compare
 from analyses.forward_proportion.community import Communities, Separation, find_communities, separate
 from analyses.forward_proportion.interaction import fingerprints, read_interactions, store_interactions
-from analyses.forward_proportion.patching import ALL, Patched, convergent_pairs, patch
+from analyses.forward_proportion.patching import ALL, CleanPairs, Patched, convergent_pairs, patch
 from analyses.forward_proportion.perturbation import Perturbed, perturb, random_pairs, strongest_pairs
 from analyses.forward_proportion.prediction import (
     KINDS,
@@ -44,11 +44,11 @@ class Extent:
     n_resamples: int = 400
     n_permutations: int = 200
     n_pairs: int = 15
-    n_perturbed: int = 30
+    n_perturbed: int = 20
     n_layers: int = 6
     k: int = 10
     n_state_pairs: int = 6000
-    n_patched: int = 80
+    n_patched: int = 48
     n_ring_null: int = 99
 
 
@@ -241,14 +241,17 @@ def study_patching(db: actdb.Database, subject: Subject, extent: Extent, *, seed
     middle = layers[len(layers) // 2]
     by_layer: dict[tuple[int, str], Patched] = {}
     by_positions: dict[tuple[int, str], Patched] = {}
-    random = state.other_pairs(subject.prompts, n=extent.n_patched, seed=seed)
+    drawn = state.other_pairs(subject.prompts, n=extent.n_patched, seed=seed)
+    random = CleanPairs.make(run, subject.model, *drawn)
     for layer in layers:
-        near = convergent_pairs(db, run, subject.prompts, layer=layer, n=extent.n_patched)
-        for kind, (a, b) in {"convergent": near, "random": random}.items():
-            by_layer[layer, kind] = patch(run, subject.model, a, b, layer=layer)
+        found = convergent_pairs(db, run, subject.prompts, layer=layer, n=extent.n_patched)
+        near = CleanPairs.make(run, subject.model, *found)
+        for kind, pairs in {"convergent": near, "random": random}.items():
+            by_layer[layer, kind] = patch(run, subject.model, pairs, layer=layer)
             if layer == middle:
-                for m in (1, 2, 4, 8, ALL):
-                    by_positions[m, kind] = patch(run, subject.model, a, b, layer=layer, n_last=m)
+                by_positions[1, kind] = by_layer[layer, kind]
+                for m in (2, 4, 8, ALL):
+                    by_positions[m, kind] = patch(run, subject.model, pairs, layer=layer, n_last=m)
     return Shares(by_layer, by_positions, middle)
 
 

@@ -46,19 +46,33 @@ def convergent_pairs(db: actdb.Database, run: actdb.Run, prompts: Ints, *, layer
     return low[chosen], high[chosen]
 
 
-def patch(run: actdb.Run, model: Any, a: Ints, b: Ints, *, layer: int, n_last: int = 1) -> Patched:
+@dataclass(frozen=True)
+class CleanPairs:
+    """Pairs of prompts `a` and `b` [pair], A's logits at the last position [pair, token], and KL(A ‖ B) [pair]."""
+
+    a: Ints
+    b: Ints
+    target: torch.Tensor
+    apart: Floats
+
+    @classmethod
+    def make(cls, run: actdb.Run, model: Any, a: Ints, b: Ints) -> "CleanPairs":
+        """Run every prompt of the pairs once, without intervention."""
+        logits = clean_logits(run, model, np.concatenate([a, b]))
+        target = logits[: len(a)]
+        return cls(a, b, target, kl_divergence(target, logits[len(a) :]).numpy())
+
+
+def patch(run: actdb.Run, model: Any, pairs: CleanPairs, *, layer: int, n_last: int = 1) -> Patched:
     """Put A's states of the last positions into B's run at a layer; all before, and all other positions, stay B's.
 
-    Step 8. Positions are counted from the end, at most as many as both have. Runs B twice and A once.
+    Step 8. Positions are counted from the end, at most as many as both have. Runs each B once.
     """
-    apart, left = np.empty(len(b)), np.empty(len(b))
-    clean = clean_logits(run, model, a)
-    for places, batch in batches(run, b.tolist()):
-        target = clean[places]
-        hook = put_states(run, batch, a[places].tolist(), layer=layer, n_last=n_last)
-        apart[places] = kl_divergence(target, batch.last_logits(model))
-        left[places] = kl_divergence(target, batch.last_logits(model, [hook]))
-    return Patched(apart, left)
+    left = np.empty(len(pairs.b))
+    for places, batch in batches(run, pairs.b.tolist()):
+        hook = put_states(run, batch, pairs.a[places].tolist(), layer=layer, n_last=n_last)
+        left[places] = kl_divergence(pairs.target[places], batch.last_logits(model, [hook]))
+    return Patched(pairs.apart, left)
 
 
 def clean_logits(run: actdb.Run, model: Any, prompts: Ints) -> torch.Tensor:

@@ -30,7 +30,8 @@ def draw_communities(path: Path, subject: Subject, heads: Heads) -> str:
     places = nx.spring_layout(graph, seed=1, iterations=200, k=2.2 / np.sqrt(len(names)))
     strongest = sorted(graph.edges(data="weight"), key=lambda edge: -edge[2])[:MOST_EDGES]
     for a, b, weight in strongest:
-        left.plot(*zip(places[a], places[b], strict=True), color="0.6", alpha=0.6 * weight, linewidth=1, zorder=1)
+        shade = 0.8 * weight / strongest[0][2]
+        left.plot(*zip(places[a], places[b], strict=True), color="0.5", alpha=shade, linewidth=1.2, zorder=1)
     for i in range(found.n):
         members = np.flatnonzero(found.member == i)
         x, y = np.array([places[m] for m in members]).T
@@ -53,7 +54,7 @@ def draw_communities(path: Path, subject: Subject, heads: Heads) -> str:
         label="max(0, Pearson r)",
         x_ticks=ticks,
         y_ticks=ticks,
-        limits=(0, 1),
+        limits=(0, float(found.weights.max()) or 1.0),
     )
     if ticks:
         right.tick_params(axis="x", rotation=90)
@@ -102,7 +103,7 @@ def draw_accuracies(path: Path, subject: Subject, heads: Heads, *, seed: int) ->
     nulls = [found.null for found in heads.accuracies.values()]
     axes.axvline(float(np.nanmean(nulls)), color="0.5", linestyle=":", linewidth=1.4, label="labels permuted")
     axes.set_xlim(0, 1.02)
-    axes.legend(fontsize=8, frameon=False, loc="best")
+    axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
     save(figure, path)
     return "Accuracies with 95 % intervals over prompts; length and marks alone are the baseline."
 
@@ -153,6 +154,7 @@ def draw_perturbations(path: Path, found: Mapping[str, Perturbed], *, seed: int)
         axes.set_xticks(x, names, rotation=90, fontsize=7)
         ratio = item.ratio(seed=seed)
         axes.set_title(f"{kind} pairs: ratio {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]", fontsize=10)
+        axes.set_yscale("log")
         axes.set_ylabel("KL(clean ‖ intervened), nats", fontsize=9)
         axes.legend(fontsize=8, frameon=False)
     save(figure, path)

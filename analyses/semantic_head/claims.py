@@ -15,15 +15,17 @@ from analyses.common.significance import Estimate, mean_interval
 from analyses.semantic_head.attention import CUTOFFS, CosineCurve, SelfAttention, Suppression
 from analyses.semantic_head.behaviour import Change
 from analyses.semantic_head.circuit import Circuit
-from analyses.semantic_head.community import Communities
+from analyses.semantic_head.community import Clustering, Communities
 from analyses.semantic_head.feature import FeatureComparison
 from analyses.semantic_head.score import PermutationNull, Ranked
 
 Floats = npt.NDArray[Any]
 LEVEL = 0.01
-SIGNIFICANT = 0.05
+SIGNIFICANT = 0.01
 N_LARGEST = 64
-RESTS, RESTORED = "the score rests on it", "self-attention restored"
+LEAST_P = 1e-6
+"""A normal tail is not to be trusted further out."""
+SEMANTIC, RESTS, RESTORED = "semantic", "the score rests on it", "self-attention restored"
 LEAST_ADVANTAGE = 0.1
 """Nats by which a head must do better than with categories shuffled to be called semantic."""
 
@@ -34,16 +36,17 @@ def score_claims(found: Ranked, null: PermutationNull, *, n_heads: int, seed: in
     spread = float(null.permuted.std(ddof=1))
     advantage = float(null.permuted.mean()) - null.score
     p = min(1.0, n_heads * float(stats.norm.sf(advantage / spread))) if spread else 1.0
-    semantic = p < LEVEL and advantage > LEAST_ADVANTAGE
+    verdict = SEMANTIC if p < LEVEL and advantage > LEAST_ADVANTAGE else "no effect"
     about = f"semantic score of {found.name} in nats, 0 is best; null: categories permuted over the words"
     yield Claim(
         "score", found.score, found.score - half, found.score + half, found.n, seed, float(null.permuted.mean()),
-        about=about,
+        verdict=verdict, about=about,
     )  # fmt: skip
-    about = f"nats better than with categories permuted; p = {p:.2g}, corrected for {n_heads} heads"
+    chance = f"p = {p:.2g}" if p > LEAST_P else f"p < {LEAST_P:g}"
+    about = f"nats better than with categories permuted; {chance}, corrected for {n_heads} heads"
     yield Claim(
         "score.advantage", advantage, advantage - 2 * spread, advantage + 2 * spread, len(null.permuted), seed, 0.0,
-        verdict="semantic" if semantic else "no effect", about=about,
+        verdict=verdict, about=about,
     )  # fmt: skip
 
 
@@ -53,7 +56,16 @@ def ranking_claims(ranked: Sequence[Ranked], *, seed: int, n: int = 3) -> Iterat
         half = stats.t.ppf(0.975, max(found.n - 1, 1)) * found.error
         about = f"score of {found.name}, {place}. of {len(ranked)} heads; null: categories shuffled"
         ends = (found.score - half, found.score + half)
-        yield Claim(f"ranking.{place}", found.score, *ends, found.n, seed, found.shuffled, about=about)
+        yield Claim(
+            f"ranking.{place}",
+            found.score,
+            *ends,
+            n=found.n,
+            seed=seed,
+            null=found.shuffled,
+            verdict="measured",
+            about=about,
+        )
 
 
 def ablation_claims(scores: Mapping[str, Floats], null: float, *, seed: int) -> Iterator[Claim]:
@@ -65,7 +77,7 @@ def ablation_claims(scores: Mapping[str, Floats], null: float, *, seed: int) -> 
     for name, values in scores.items():
         low, high = median_ends(values)
         worse = mean_interval(values - plain).low > LEAST_ADVANTAGE
-        verdict = "" if name == "none" else RESTS if worse else "changes little"
+        verdict = "measured" if name == "none" else RESTS if worse else "changes little"
         about = "median score over prompts, nothing ablated" if name == "none" else f"median score without {name}"
         key = f"ablate.{name.replace(' ', '')}"
         yield Claim(key, float(np.median(values)), low, high, len(values), seed, null, verdict=verdict, about=about)
@@ -96,15 +108,23 @@ def cosine_claims(curve: CosineCurve, control: Sequence[CosineCurve], *, seed: i
     yield Claim("cosine.height", height, n=n, seed=seed, null=float(np.mean(heights)), verdict=verdict, about=about)
 
 
-def community_claims(found: Communities, rewired: Communities, agrees: float, *, seed: int) -> Iterator[Claim]:
-    """Step 4: how well the token graph is cut, and how well its communities fit the categories."""
-    n = len(found.member)
-    about = f"modularity of {len(found.sizes)} communities of {n} tokens; null: the same degrees, rewired"
-    null, value = rewired.modularity, found.modularity
-    verdict = "above chance" if value > null else "no effect"
-    yield Claim("community.modularity", value, n=n, seed=seed, null=null, verdict=verdict, about=about)
-    about = "adjusted Rand index of communities and categories, over categorised tokens"
-    yield Claim("community.agreement", agrees, n=n, seed=seed, null=0.0, verdict="measured", about=about)
+def community_claims(
+    found: Clustering, controls: Sequence[Clustering], rewired: Communities, *, seed: int
+) -> Iterator[Claim]:
+    """Step 4: how well the token graph is cut, and how well its communities fit the categories.
+
+    Graphs of strongest keys are modular by their geometry, so the null is that of random circuits, beside rewiring.
+    """
+    cut, n = found.communities, len(found.communities.member)
+    others = [each.communities.modularity for each in controls]
+    about = f"modularity of {len(cut.sizes)} communities of {n} tokens; null: random circuits; rewired: "
+    about += f"{rewired.modularity:.3f}"
+    verdict, null = _outside(cut.modularity, [*others, rewired.modularity]), float(np.mean(others))
+    yield Claim("community.modularity", cut.modularity, n=n, seed=seed, null=null, verdict=verdict, about=about)
+    agrees = [each.agreement for each in controls]
+    about = "adjusted Rand index of communities and categories, over categorised tokens; null: random circuits"
+    verdict, null = _outside(found.agreement, agrees), float(np.mean(agrees))
+    yield Claim("community.agreement", found.agreement, n=n, seed=seed, null=null, verdict=verdict, about=about)
 
 
 def spectrum_claims(circuit: Circuit, controls: Sequence[Circuit], *, seed: int) -> Iterator[Claim]:

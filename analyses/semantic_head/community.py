@@ -82,6 +82,20 @@ def agreement(member: Sequence[int] | Ints, labels: Ints) -> float:
     return float(adjusted_rand_score(labels[known], np.asarray(member)[known])) if known.any() else float("nan")
 
 
+@dataclass(frozen=True)
+class Clustering:
+    """Communities with their `agreement` with the categories."""
+
+    communities: Communities
+    agreement: float
+
+
+def cluster(scores: npt.NDArray[Any], labels: Ints, *, seed: int) -> Clustering:
+    """Cut the graph of scores [query, key] and hold it to the categories, `labels` [token]."""
+    found = find_communities(scores, seed=seed)
+    return Clustering(found, agreement(found.member, labels))
+
+
 def lay_out(found: Communities, tokens: Ints, *, seed: int) -> npt.NDArray[np.float64]:
     """Place some tokens in the plane by the edges between them (Fruchterman and Reingold): [token, 2]."""
     places = np.full(len(found.member), -1)

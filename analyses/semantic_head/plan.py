@@ -48,7 +48,7 @@ def _run_own(options: Options) -> Study:
     study = _study(subject, options, Reference(known))
     beside = _study(control, options, Reference(), folder=options.figures / "control")
     entries = [*study.claims, *claiming.prefix_claims("control", beside.claims)]
-    text = {**study.text, **{f"Control: {name.lower()}": body for name, body in beside.text.items()}}
+    text = {**study.text, **{f"Control: {name}": body for name, body in beside.text.items()}}
     return Study(study.run, entries, text=text, figures=study.figures)
 
 

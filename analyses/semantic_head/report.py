@@ -4,14 +4,14 @@ import math
 from collections.abc import Sequence
 
 from analyses.common.report import Claim
-from analyses.semantic_head.claims import RESTS
+from analyses.semantic_head.claims import RESTS, SEMANTIC
 from analyses.semantic_head.subject import Head
 
 KINDS = {
     "words": "words of eight semantic categories, single tokens of the model's tokenizer",
     "symbols": "parts of speech, letters and signs: the vocabulary is too small to hold words of semantic categories",
     "stored": "those that an earlier study kept in the database",
-    "planted": "the categories that the model was built with",
+    "planted": "those that the model was built with",
     "arbitrary": "random groups of tokens, since the model has no tokenizer: nothing is to be found in them",
 }
 
@@ -36,7 +36,7 @@ def sections(head: Head, entries: Sequence[Claim]) -> dict[str, str]:
 
 def _semantic(head: Head, by_key: dict[str, Claim]) -> str:
     score, advantage = by_key["score"], by_key["score.advantage"]
-    verdict = "It is" if advantage.verdict == "semantic" else "It is not"
+    verdict = "It is" if advantage.verdict == SEMANTIC else "It is not"
     carrying = [key.removeprefix("ablate.") for key, entry in by_key.items() if entry.verdict == RESTS]
     rests = f" The score rests on {_join(carrying)}." if carrying and verdict == "It is" else ""
     return (

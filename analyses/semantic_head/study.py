@@ -25,7 +25,7 @@ from analyses.semantic_head.attention import (
 from analyses.semantic_head.behaviour import Change, read_behaviour
 from analyses.semantic_head.category import Categories
 from analyses.semantic_head.circuit import Circuit, TokenScores, random_circuit, read_circuit, token_scores
-from analyses.semantic_head.community import agreement, find_communities
+from analyses.semantic_head.community import cluster, find_communities
 from analyses.semantic_head.feature import compare_features, encode_tokens, similarity
 from analyses.semantic_head.reference import Reference
 from analyses.semantic_head.score import (
@@ -40,6 +40,7 @@ from analyses.semantic_head.subject import RATES, RESIDUAL, Head, Subject, choos
 
 PROGRAMME = "semantic_head"
 N_DRAWN_CONTROLS = 5
+N_CLUSTERED_CONTROLS = 3
 MOST_LATENTS, LATENTS_A_DIMENSION = 4096, 4
 ACTIVE_SHARE, LEAST_ACTIVE, MOST_ACTIVE = 24, 4, 32
 """One latent in so many dimensions is active, within bounds."""
@@ -110,10 +111,11 @@ class HeadStudy:
 
     def ablate(self) -> list[Claim]:
         """Component ablation: the score with one component of the head's input at its mean."""
-        scores = {"none": self._scores(self._parts)}
-        scores |= {name: self._scores(run) for name, run in self.head.harvest_ablations(self._parts)}
+        plain = self._scores(self._parts)
+        scores = {"none": plain["score"]}
+        scores |= {name: self._scores(run)["score"] for name, run in self.head.harvest_ablations(self._parts)}
         title = f"What {self.head.name}'s score rests on"
-        null = float(self._null.permuted.mean())
+        null = float(np.median(plain["shuffled"]))
         self._keep("ablation", picture.draw_ablation(self._path("ablation"), scores, null, title=title))
         return list(claiming.ablation_claims(scores, null, seed=self.seed))
 
@@ -128,16 +130,18 @@ class HeadStudy:
     def cluster(self) -> list[Claim]:
         """Token communities: Leiden on each token's strongest keys."""
         n = min(self.extent.n_graph, len(self._vocabulary))
+        labels, inputs = self.subject.labels[self._vocabulary[:n]], self._inputs[:n]
         scores = self._token_scores.base[:n, :n]
-        found = find_communities(scores, seed=self.seed)
+        found = cluster(scores, labels, seed=self.seed)
+        others = [token_scores(inputs, each).base for each in self._controls[:N_CLUSTERED_CONTROLS]]
+        controls = [cluster(each, labels, seed=self.seed) for each in others]
         rewired = find_communities(scores, seed=self.seed, rewired=True)
-        title = f"{self.head.name}: communities of the {n} commonest tokens"
+        title, path = f"{self.head.name}: communities of the {n} commonest tokens", self._path("communities")
         caption = picture.draw_communities(
-            self._path("communities"), found, self._vocabulary, self.categories, title=title, seed=self.seed
+            path, found.communities, self._vocabulary, self.categories, title=title, seed=self.seed
         )
         self._keep("communities", caption)
-        agrees = agreement(found.member, self.subject.labels[self._vocabulary[:n]])
-        return list(claiming.community_claims(found, rewired, agrees, seed=self.seed))
+        return list(claiming.community_claims(found, controls, rewired, seed=self.seed))
 
     def split(self) -> list[Claim]:
         """Symmetric and skew parts: eigenvalues, norms, heat maps beside random controls."""
@@ -306,11 +310,11 @@ class HeadStudy:
         drawn = self._inputs[[row for group in shown for row in group]].astype(np.float64)
         return drawn, rows, list(self.categories.names), [len(group) for group in shown]
 
-    def _scores(self, run: actdb.Run) -> Floats:
-        """Scores of the head on each prompt of a run."""
+    def _scores(self, run: actdb.Run) -> dict[str, Floats]:
+        """Scores of the head on each prompt of a run, and the same with categories shuffled."""
         table = score_heads(run, self.subject.labels, seed=self.seed).to_pylist()
-        place = (self.head.layer, self.head.head)
-        return np.array([row["score"] for row in table if (row["layer"], row["head"]) == place])
+        own = [row for row in table if (row["layer"], row["head"]) == (self.head.layer, self.head.head)]
+        return {column: np.array([row[column] for row in own]) for column in ("score", "shuffled")}
 
     def _changes(self, runs: Mapping[Name, actdb.Run]) -> dict[Name, Change]:
         """What interventions change, from the model as it is."""

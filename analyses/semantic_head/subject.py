@@ -37,7 +37,7 @@ class Extent:
     n_words: int = 255
     n_parts: int = 128
     part_length: int = 64
-    n_texts: int = 48
+    n_texts: int = 32
     n_corpus: int = 320
     text_length: int = 64
     n_vocabulary: int = 8192
@@ -58,7 +58,7 @@ SMALL = Extent(
     n_vocabulary=1024,
     n_graph=800,
     n_ranked=512,
-    n_permutations=49,
+    n_permutations=99,
     n_controls=8,
     autoencoder_rows=60_000,
 )
@@ -111,7 +111,7 @@ class Subject:
             {"sites": ("resid_post",), "layers": [layer - 1]} if layer else {"sites": (RESIDUAL,), "layers": [0]}
         )
         prompts = self.texts(self.extent.n_corpus)
-        return self.harvest("corpus", prompts, store="float16", max_length=self._limit, **below)
+        return self.harvest(f"L{layer}-corpus", prompts, store="float16", max_length=self._limit, **below)
 
     def texts(self, n: int) -> list[dict[str, Any]]:
         """Return text prompts: the user's, or our own."""
