@@ -140,10 +140,10 @@ class Run:
 
         Afterwards `run[name]`, SQL, `verify` and `rm` know it as any site; any Zarr reader opens it. `dims` name the
         axes of a block's values: one of "prompt" and "row", before it none, "layer" (as many as `run.layers`), a head
-        axis or both, after it what you like. `blocks` are `actdb.Block`s of any size: values, each row's prompt and for
-        rows its pos, all prompts in the order of `prompt_ids(order="stored")`, which is that of `batches`. Their dtype
-        is kept (float16 to 64, uint16, uint32, int64). They are taken one by one: a generator needs memory for one
-        block, and some 128 MiB on the way to disk.
+        axis or both, after it none or one of your own. `blocks` are `actdb.Block`s of any size: values, each row's
+        prompt and for rows its pos, all prompts in the order of `prompt_ids(order="stored")`, which is that of
+        `batches`. Their dtype is kept (float16 to 64, uint16, uint32, int64). They are taken one by one: a generator
+        needs memory for one block, and some 128 MiB on the way to disk.
 
         The site appears when all is written. What a killed call left is replaced by the next one, a whole site only
         with `replace`. Needs `mode="a"` and a complete run. Raises `SettingError` for a name that is taken and for

@@ -73,9 +73,8 @@ class SiteSpec:
     """How one site of a run is stored: a Zarr array whose planes (one layer, one head) run over rows or entries.
 
     `dims` name the axes: (layer, row, d_model), (layer, head, row, d_head), (layer, head, entry), (row, d_model) or
-    (prompt, feature); an added site may have more axes after its rows, or none. `layers` are the model's layer numbers
-    in array order. Shards cover all planes of one part along the row or entry axis; chunks hold one plane and a range
-    of rows.
+    (prompt, feature); an added site may have no axis after its rows. `layers` are the model's layer numbers in array
+    order. Shards cover all planes of one part along the row or entry axis; chunks hold one plane and a range of rows.
     """
 
     name: str

@@ -77,8 +77,8 @@ def test_what_was_added_comes_back(tmp_path_factory: pytest.TempPathFactory, dat
     write_run(root, seed=data.draw(st.integers(0, 99)), codec=codec, positions=positions)
     outer = data.draw(st.sampled_from([(), ("layer",), ("head",), ("layer", "head"), ("layer", "kv_head")]))
     axis = data.draw(st.sampled_from(["prompt", "row"]))
-    features = data.draw(st.lists(st.integers(1, 4), max_size=2))
-    dims = (*outer, axis, *("one", "two")[: len(features)])
+    features = data.draw(st.lists(st.integers(1, 4), max_size=1))
+    dims = (*outer, axis, *("one",)[: len(features)])
     dtype = data.draw(st.sampled_from(["float16", "float32", "float64", "int64", "uint16"]))
     with actdb.open(root, mode="a") as db:
         run = db.run()
@@ -329,6 +329,7 @@ def test_bad_input_is_refused(database: Path) -> None:
             ("mine", ("prompt", "row"), [block], "give one of prompt and row"),
             ("mine", ("entry",), [block], "give one of prompt and row"),
             ("mine", ("prompt", "x", "x"), [block], "give one of prompt and row"),
+            ("mine", ("prompt", "x", "y"), [block], "after it none or one of your own"),
             ("mine", ("head", "layer", "prompt"), [block], "before it none, layer, head or both"),
             ("mine", ("prompt",), [block], r"a block of shape \[17, 3\] does not have the axes prompt"),
             ("mine", ("prompt", "x"), [], "there are no blocks"),
@@ -368,7 +369,7 @@ def test_prompt_ids_refuses_another_order(database: Path) -> None:
         db.run().prompt_ids(order="random")
 
 
-@pytest.mark.parametrize("change", ["plan_hash", "name", "hook", "capacity"])
+@pytest.mark.parametrize("change", ["plan_hash", "name", "hook", "capacity", "axes"])
 def test_a_commit_that_does_not_fit_is_refused(database: Path, change: str) -> None:
     from actdb.schema import seal
 
@@ -379,6 +380,10 @@ def test_a_commit_that_does_not_fit_is_refused(database: Path, change: str) -> N
         value["plan_hash"] = "0" * 64
     elif change == "capacity":
         value["spec"]["shard_shape"][2] = 0
+    elif change == "axes":
+        for shape in ("shape", "shard_shape", "chunk_shape"):
+            value["spec"][shape][3:] = [2, 2]
+        value["spec"]["dims"].append("more")
     else:
         value["spec"][change] = "z"
     path.write_bytes(seal(value))

@@ -366,6 +366,7 @@ def test_whole_blocks_go_past_the_page_cache(tmp_path: Path, monkeypatch: pytest
         pytest.skip("no direct writes on this file system")
     writer = ShardWriter(tmp_path / "s", 1)
     writer.write(0, bytes(5000), b"1234")
+    writer._settle()
     assert fcntl.fcntl(writer._file, fcntl.F_GETFL) & os.O_DIRECT
     writer.finish("s")
 
@@ -574,8 +575,11 @@ def test_linked_folders_are_refused(tmp_path: Path, name: str) -> None:
     else:
         with actdb.open(out) as db:
             assert any("leads outside" in damage.message for damage in db.verify())
-    with pytest.raises(actdb.DamageError, match="leads outside"):
-        harvest(out, run="another")
+    if name == "tables":
+        harvest(out, run="another")  # it has nothing to do there
+    else:
+        with pytest.raises(actdb.DamageError, match="leads outside"):
+            harvest(out, run="another")
     assert times_below(outside) == before
 
 

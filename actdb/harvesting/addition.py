@@ -77,10 +77,11 @@ def check_dims(name: str, dims: Sequence[str]) -> int:
     """Return which axis the rows are on; raises `SettingError` for axes that no site can have."""
     found = [i for i, dim in enumerate(dims) if dim in AXES]
     outer = tuple(dims[: found[0]]) if len(found) == 1 else None
-    if outer not in OUTER_DIMS or len({*dims}) != len(dims) or "entry" in dims:
+    features = dims[found[0] + 1 :] if found else ()
+    if outer not in OUTER_DIMS or len({*dims}) != len(dims) or len(features) > 1 or "entry" in dims:
         raise SettingError(
             f"site {name!r}: dims {tuple(dims)}: give one of prompt and row, before it none, layer, head or both, and "
-            "after it any others"
+            "after it none or one of your own"
         )
     return found[0]
 

@@ -184,6 +184,8 @@ def read_added(folder: Folder, info: RunInfo, site: str) -> AddedSite:
         added = AddedSite.from_json(value)
         if added.spec.name != site or added.plan_hash != info.plan_hash or not added.spec.added:
             raise ValueError(f"it is not site {site!r} of run {info.name!r} as it is now")
+        if len(added.spec.feature) > 1:
+            raise ValueError(f"site {site!r} has several axes after its rows")
         check_info(replace(info, sites=(*info.sites, added.spec)))
     except MALFORMED as exc:
         raise DamageError(f"{path} is damaged: {exc}") from exc

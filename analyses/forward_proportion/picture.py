@@ -155,6 +155,7 @@ def draw_perturbations(path: Path, found: Mapping[str, Perturbed], *, seed: int)
         ratio = item.ratio(seed=seed)
         axes.set_title(f"{kind} pairs: ratio {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]", fontsize=10)
         axes.set_yscale("log")
+        axes.set_ylim(top=6 * float(item.ablation.mean(1).max()))  # room for the legend
         axes.set_ylabel("KL(clean ‖ intervened), nats", fontsize=9)
         axes.legend(fontsize=8, frameon=False)
     save(figure, path)

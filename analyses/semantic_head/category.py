@@ -81,14 +81,20 @@ def find_categories(tokenizer: Any, *, d_vocab: int, seed: int) -> Categories:
 
 
 def categories_of(by_text: Mapping[str, int], *, bos: int | None, least: int = LEAST_WORDS) -> Categories:
-    """Return the categories among tokens given by text; raises `SettingError` where one has fewer than `least`."""
+    """Return the categories among tokens given by text; raises `SettingError` where one has fewer than `least`.
+
+    All are cut to the size of the smallest: then every word is as frequent in random prompts, and permuting categories
+    over words changes what they mean alone.
+    """
     spaced = {name: [f" {word}" for word in words] for name, words in CATEGORIES.items()}
     counts = []
     for kind, family in (("words", spaced), ("symbols", SYMBOLS)):
         found = {name: tuple(by_text[text] for text in texts if text in by_text) for name, texts in family.items()}
-        if all(len(tokens) >= least for tokens in found.values()):
+        size = min(map(len, found.values()))
+        if size >= least:
+            kept = {name: tokens[:size] for name, tokens in found.items()}
             texts = {token: text for text, token in by_text.items()}
-            return Categories(kind, found, bos, texts, _successions(by_text, found if kind == "symbols" else {}))
+            return Categories(kind, kept, bos, texts, _successions(by_text, found if kind == "symbols" else {}))
         n_enough = sum(len(tokens) >= least for tokens in found.values())
         n_found = sum(map(len, found.values()))
         counts.append(f"{n_found} {kind}, {least} or more in {n_enough} of {len(found)} categories")

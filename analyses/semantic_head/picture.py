@@ -58,7 +58,7 @@ def draw_ranking(path: Path, ranked: Sequence[Ranked], *, title: str) -> str:
     figure.intervals(
         axes, estimates, title=title, x_label="semantic score, nats (0 is best)", marks=marks, mark="shuffled"
     )
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.06 * max(max(entry.score, entry.shuffled) for entry in shown))
     figure.save(made, path)
     return f"The {len(shown)} heads with the best scores of {len(ranked)}, and with categories shuffled over the words"
 

@@ -10,7 +10,7 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
             snake frog fish shark whale bird duck eagle chicken turkey bee spider butterfly dolphin turtle dragon
             donkey lamb crow owl""",
         "colours": """red blue green yellow white black brown purple orange pink grey gold silver violet crimson
-            amber olive cyan gray ivory""",
+            amber olive cyan gray ivory bronze copper coral rose tan navy ruby""",
         "countries": """France Germany Italy Spain Portugal Greece Turkey Poland Russia China Japan India Brazil Mexico
             Canada Australia Egypt Iran Iraq Israel Sweden Norway Denmark Finland Ireland Scotland Belgium Austria
             Hungary Ukraine Pakistan Indonesia Vietnam Thailand Argentina Chile Colombia Peru Cuba Kenya Nigeria""",
@@ -26,7 +26,7 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
         "clothing": """shirt pants dress skirt coat jacket hat cap shoes boots socks gloves scarf belt tie suit sweater
             jeans shorts uniform robe helmet mask veil hood vest gown sleeve collar underwear""",
         "instruments": """guitar piano violin drum trumpet bass organ keyboard bell horn
-            whistle percussion synth drums bells horns""",
+            whistle percussion synth drums bells horns sax strings pipe pipes guitars keyboards triangle bow""",
     }.items()
 }
 """The default: each word stands with a space before it."""
