@@ -366,7 +366,6 @@ def test_whole_blocks_go_past_the_page_cache(tmp_path: Path, monkeypatch: pytest
         pytest.skip("no direct writes on this file system")
     writer = ShardWriter(tmp_path / "s", 1)
     writer.write(0, bytes(5000), b"1234")
-    writer._settle()
     assert fcntl.fcntl(writer._file, fcntl.F_GETFL) & os.O_DIRECT
     writer.finish("s")
 
