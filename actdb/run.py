@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import xarray
     from transformer_lens import ActivationCache
 
-    from actdb.unembedding import Unembedding
+    from actdb.unembedding import Readout
 
 WEIGHT_GROUPS = ("", "embed.", "pos_embed.", "unembed.", "ln_final.")
 LAYER_GROUPS = ("", "attn.", "mlp.")
@@ -133,7 +133,7 @@ class Run:
             raise SettingError(f"order {order!r}: choose one of {', '.join(ORDERS)}")
         stored = self._prompts.stored
         found = [i for i in (range(len(stored)) if where is None else self._prompts_where(where)) if stored[i]]
-        return found if order == "id" else sorted(found, key=self._prompts.row_start.tolist().__getitem__)
+        return found if order == "id" else self._prompts.in_storage_order(np.asarray(found, np.int64)).tolist()
 
     def add_site(self, name: str, *, dims: Sequence[str], blocks: Iterable[Block], replace: bool = False) -> None:
         """Store a site of your own beside the harvested ones, such as what an analysis computed for every prompt.
@@ -195,16 +195,16 @@ class Run:
 
         return torch.from_numpy(np.array(self.weight(name, layer=layer, head=head)))
 
-    def readout(self) -> "Unembedding":
+    def readout(self) -> "Readout":
         """Return the final norm and unembedding of the run's weights, which make logits of residual vectors.
 
-        `.normalised(rows)` and `.logits(rows)` take [row, d_model] in float32; of the last layer's `resid_post` the
-        latter are the model's own logits, to the stored precision. Holds W_U in memory. Raises `SelectionError` where
-        the run keeps no unembedding, and for models that look both ways.
+        `.norm.normalised(rows)` and `.logits(rows)` take [row, d_model] in float32; of the last layer's `resid_post`
+        the latter are the model's own logits, to the stored precision. Holds W_U in memory. Raises `SelectionError`
+        where the run keeps no unembedding, and for models that look both ways.
         """
-        from actdb.unembedding import Unembedding
+        from actdb.unembedding import Readout
 
-        return Unembedding(self)
+        return Readout.of_run(self)
 
     def dataset(self) -> "xarray.Dataset":
         """Return the run as a lazy xarray Dataset, a variable a site; reads nothing but the prompt table.

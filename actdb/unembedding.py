@@ -4,8 +4,9 @@ Applied to the residual stream of an earlier layer this is the logit lens (nosta
 lens", 2020); at the last layer it is the model's own output.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,19 +21,19 @@ Floats = npt.NDArray[np.float32]
 BLOCK_VALUES = 2**24
 """Logits held at once: 64 MiB."""
 USUAL_EPS = 1e-5
-READOUT_WEIGHTS = ("unembed.W_U", "unembed.b_U", "ln_final.w", "ln_final.b")
+UNEMBEDDING = "unembed.W_U"
+NORM_WEIGHTS = ("ln_final.w", "ln_final.b")
+READOUT_WEIGHTS = (*NORM_WEIGHTS, "unembed.b_U")
 
 
 @dataclass(frozen=True)
-class Readout:
-    """Final norm and unembedding as arrays of NumPy or torch, in float32: W_U [d_model, d_vocab], and vectors or None.
+class FinalNorm:
+    """The final norm, its weights [d_model] or None as float32 arrays of NumPy or torch.
 
-    logits = norm(x) W_U + b_U, where norm(x) = (x − mean x) / √(var x + ε) · w + b for a LayerNorm (`centres`),
-    x / √(mean x² + ε) · w for an RMSNorm, and x where the model has none (not `divides`).
+    norm(x) = (x − mean x) / √(var x + ε) · w + b for a LayerNorm (`centres`), x / √(mean x² + ε) · w for an RMSNorm,
+    and x where the model has none (not `divides`).
     """
 
-    matrix: Any
-    offset: Any
     scale: Any
     shift: Any
     divides: bool
@@ -40,7 +41,7 @@ class Readout:
     eps: float
 
     @classmethod
-    def make(cls, weights: Mapping[str, Any], model: Mapping[str, Any]) -> "Readout":
+    def make(cls, weights: Mapping[str, Any], model: Mapping[str, Any]) -> "FinalNorm":
         """Take weights by TransformerLens name, and the columns of `models` that tell the kind of norm and its ε.
 
         Without a record, a norm with a bias is taken for a LayerNorm, and ε for 10⁻⁵.
@@ -48,8 +49,6 @@ class Readout:
         kind, scale, shift = str(model.get("normalization")), weights.get("ln_final.w"), weights.get("ln_final.b")
         known = kind.startswith(("LN", "RMS"))
         return cls(
-            matrix=weights["unembed.W_U"],
-            offset=weights.get("unembed.b_U"),
             scale=scale,
             shift=shift,
             divides=known or scale is not None,
@@ -57,13 +56,13 @@ class Readout:
             eps=float(model.get("norm_eps") or USUAL_EPS),
         )
 
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of the vocabulary."""
-        return int(self.matrix.shape[1])
+    @classmethod
+    def of_run(cls, run: "Run") -> "FinalNorm":
+        """Read the final norm from the weights kept with a run."""
+        return cls.make(_stored(run, NORM_WEIGHTS, partial(_read_array, run)), run.info.model)
 
     def size(self, residual: Any) -> Any:
-        """Return what the final norm divides residual vectors [row, d_model] by: [row, 1], or 1."""
+        """Return what residual vectors [row, d_model] are divided by: [row, 1], or 1."""
         if not self.divides:
             return 1
         return ((self.centred(residual) ** 2).mean(-1, keepdims=True) + self.eps) ** 0.5
@@ -73,51 +72,57 @@ class Readout:
         return vectors - vectors.mean(-1, keepdims=True) if self.centres else vectors
 
     def normalised(self, residual: Any) -> Any:
-        """Return the final norm of residual vectors [row, d_model]."""
+        """Return the norm of residual vectors [row, d_model]."""
         if not self.divides:
             return residual
         normalised = self.centred(residual) / self.size(residual)
         normalised = normalised if self.scale is None else normalised * self.scale
         return normalised if self.shift is None else normalised + self.shift
 
-    def logits(self, residual: Any) -> Any:
-        """Return the logits [row, token] of residual vectors [row, d_model]."""
-        logits = self.normalised(residual) @ self.matrix
-        return logits if self.offset is None else logits + self.offset
 
+@dataclass(frozen=True)
+class Readout:
+    """Final norm and unembedding: W_U [d_model, d_vocab] and its offset [d_vocab] or None, in float32.
 
-class Unembedding:
-    """The final norm and unembedding of a run, from the weights kept with it, in float32. Holds W_U in memory.
-
-    Raises `SelectionError` where the run keeps no unembedding, and for models that look both ways, whose heads for
-    masked tokens transform the vectors further.
+    Arrays are NumPy's or torch's, as those of the norm. logits = norm(x) W_U + b_U.
     """
 
-    def __init__(self, run: "Run") -> None:
+    norm: FinalNorm
+    matrix: Any
+    offset: Any
+
+    @classmethod
+    def make(cls, weights: Mapping[str, Any], model: Mapping[str, Any]) -> "Readout":
+        """Take weights by TransformerLens name, and the columns of `models`; see `FinalNorm.make`."""
+        return cls(FinalNorm.make(weights, model), weights[UNEMBEDDING], weights.get("unembed.b_U"))
+
+    @classmethod
+    def of_run(cls, run: "Run", read: Callable[[str], Any] | None = None) -> "Readout":
+        """Read norm and unembedding from the weights kept with a run. Holds W_U in memory.
+
+        `read` returns a weight by name; by default as a NumPy array. Raises `SelectionError` where the run keeps no
+        unembedding, and for models that look both ways, whose heads for masked tokens transform the vectors further.
+        """
         if not run.info.causal:
             raise SelectionError(f"run {run.name!r}: its model looks both ways; the logit lens is for causal models")
-        names = run.weight_names()
-        weights = {name: np.asarray(run.weight(name), np.float32) for name in READOUT_WEIGHTS if name in names}
-        weights["unembed.W_U"] = np.ascontiguousarray(run.weight("W_U"), np.float32)
-        self.readout = Readout.make(weights, run.info.model)
+        read = read or partial(_read_array, run)
+        weights = _stored(run, READOUT_WEIGHTS, read)
+        return cls.make({**weights, UNEMBEDDING: read("W_U")}, run.info.model)  # W_U of a tied model has no name
 
     @property
     def n_tokens(self) -> int:
         """Tokens of the vocabulary."""
-        return self.readout.n_tokens
+        return int(self.matrix.shape[1])
 
-    def normalised(self, residual: Floats) -> Floats:
-        """Return the final norm of residual vectors [row, d_model]."""
-        return np.asarray(self.readout.normalised(residual), np.float32)
-
-    def logits(self, residual: Floats) -> Floats:
+    def logits(self, residual: Any) -> Any:
         """Return the logits [row, token] of residual vectors [row, d_model]."""
-        return np.asarray(self.readout.logits(residual), np.float32)
+        logits = self.norm.normalised(residual) @ self.matrix
+        return logits if self.offset is None else logits + self.offset
 
     def top(self, residual: Floats, k: int) -> tuple[npt.NDArray[np.int32], Floats, Floats]:
         """Return the `k` likeliest tokens of residual vectors: ids, logits and probabilities [row, k], falling.
 
-        Costs 2 · d_model · n_tokens operations a row, and at most some 200 MiB.
+        For a readout of NumPy arrays. Costs 2 · d_model · n_tokens operations a row, and at most some 200 MiB.
         """
         ids = np.empty((len(residual), k), np.int32)
         logits, probabilities = np.empty(ids.shape, np.float32), np.empty(ids.shape, np.float32)
@@ -132,6 +137,15 @@ class Unembedding:
             np.exp(block, out=block)
             probabilities[rows] = np.take_along_axis(block, found, 1) / block.sum(1, keepdims=True)
         return ids, logits, probabilities
+
+
+def _stored(run: "Run", names: Sequence[str], read: Callable[[str], Any]) -> dict[str, Any]:
+    known = run.weight_names()
+    return {name: read(name) for name in names if name in known}
+
+
+def _read_array(run: "Run", name: str) -> Floats:
+    return np.ascontiguousarray(run.weight(name), np.float32)
 
 
 def _every(block: Floats) -> npt.NDArray[np.int64]:

@@ -23,7 +23,7 @@ from benchmarks.harness import Goal, Table, note, take_turns
 SCALE = {"full": (62_500, 7), "quick": (6250, 3), "tiny": (20, 1)}  # prompts, rounds
 LAYERS = HEADS = 12
 KEYS = ("prompt_id", "layer", "head")
-COLUMNS = (*PATTERN_COLUMNS, *NORM_COLUMNS, "direct_logit_attribution")
+COLUMNS = (*PATTERN_COLUMNS, *NORM_COLUMNS)
 QUERIES = {
     "group-by": "SELECT layer, head, avg(entropy) FROM head_stats GROUP BY layer, head ORDER BY layer, head",
     "top 100": "SELECT prompt_id, layer, head, entropy FROM head_stats ORDER BY entropy DESC, prompt_id LIMIT 100",

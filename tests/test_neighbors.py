@@ -27,7 +27,7 @@ from actdb.neighbors import device, exact
 from actdb.neighbors.best import Best
 from actdb.neighbors.device import Processor, TorchProcessor
 from actdb.neighbors.map import make_map
-from actdb.neighbors.metric import METRICS
+from actdb.neighbors.metric import METRICS, widen
 from actdb.neighbors.row import Rows, make_plane
 from tests.hooked import TinyModel, random_prompts, write_run
 
@@ -149,6 +149,14 @@ def test_join_is_brute_force(
     np.testing.assert_allclose(np.take_along_axis(truth, found.numbers, 1), found.distances, rtol=1e-4, atol=1e-5)
     truth[bars] = np.inf
     np.testing.assert_allclose(np.sort(truth, axis=1)[:, :k], found.distances, rtol=1e-4, atol=1e-5)
+
+
+def test_every_finite_half_widens_to_the_same_number() -> None:
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)]
+    for values in (halves, np.tile(halves, 3).reshape(3, -1), halves[::-2], halves[:0]):
+        np.testing.assert_array_equal(widen(values).view(np.int32), values.astype(np.float32).view(np.int32))
+    assert widen(halves.astype(np.float64)).dtype == np.float32
 
 
 @settings(max_examples=60, deadline=None)

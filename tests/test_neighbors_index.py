@@ -248,6 +248,30 @@ def test_an_index_of_another_harvest_is_refused(tmp_path: Path) -> None:
         assert len(db.nearest("resid_post", **PLACE, vector=VECTOR, exact=True).fetchall()) == 10
 
 
+def test_an_index_of_a_partition_that_was_replaced_is_refused(tmp_path: Path) -> None:
+    path = make(tmp_path / "x.actdb")
+    generator = np.random.default_rng(7)
+    with actdb.open(path, mode="a") as db:
+        width = db.run()["resid_post"].shape[-1]
+        first, second = (np.linalg.qr(generator.normal(size=(width, width)))[0] for _ in range(2))
+        options = {**PLACE, "partition": "parts", "subspace": 1}
+        db.add_partition(db.run(), "parts", first, [2, width - 2])
+        record = db.index("resid_post", **options)
+        assert f"of parts 2:{width}" in str(record)
+        assert len(db.nearest("resid_post", **options, prompt=3, pos=0).fetchall()) == 10
+        db.add_partition(db.run(), "parts", second, [2, width - 2])
+        command = (
+            f"actdb index {path} resid_post --run tiny --metric cosine --layer 1 --partition parts --subspace 2:{width}"
+        )
+        with pytest.raises(StaleIndexError, match=f"made of another partition; make it anew: {command}"):
+            db.nearest("resid_post", **options, prompt=3, pos=0)
+        exact = rows_of(db.nearest("resid_post", **options, prompt=3, pos=0, exact=True))
+    result = CliRunner().invoke(cli, command.split()[1:])
+    assert result.exit_code == 0, result.output
+    with actdb.open(path) as db:
+        assert rows_of(db.nearest("resid_post", **options, prompt=3, pos=0)) == exact
+
+
 @pytest.mark.parametrize("what", ["flip", "cut", "gone", "record"])
 def test_damage_is_refused_and_repaired(tmp_path: Path, what: str) -> None:
     path = make(tmp_path / "x.actdb")

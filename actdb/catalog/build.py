@@ -340,7 +340,8 @@ def _part_tables(statistics: Sequence[str]) -> list[Table]:
 
 def _selected(table: str) -> str:
     """Return a table's columns as read from files that know nothing of their run."""
-    return ", ".join(["s.owner", *(f"t.{c.name}" for c in BUILT_IN[table].columns[1:])])
+    columns, derived = BUILT_IN[table].columns[1:], BUILT_IN[table].derived
+    return ", ".join(["s.owner", *("NULL" if c.name in derived else f"t.{c.name}" for c in columns)])
 
 
 def _run_row(run: RunSnapshot) -> dict[str, Any]:

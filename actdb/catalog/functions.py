@@ -17,7 +17,7 @@ import numpy.typing as npt
 from actdb.catalog.documentation import FUNCTIONS
 from actdb.catalog.lookup import Address, Found, Lookup, groups_of
 from actdb.errors import SelectionError, SiteError
-from actdb.unembedding import Unembedding
+from actdb.unembedding import Readout
 
 if TYPE_CHECKING:
     import duckdb
@@ -30,7 +30,7 @@ Column = Any
 """A pyarrow ChunkedArray, or what becomes one. DuckDB evaluates annotations, where pyarrow is not imported yet."""
 RESIDUAL, PATTERN, INTERACTION = "resid_post", "pattern", "interaction"
 INTERACTION_DIMS = ("layer", "head", "prompt", "target")
-UNEMBEDDINGS_KEPT = 2
+READOUTS_KEPT = 2
 _with_functions: "weakref.WeakSet[duckdb.DuckDBPyConnection]" = weakref.WeakSet()
 
 
@@ -68,8 +68,8 @@ class ActivationFunctions:
 
     def __init__(self, lookup: Lookup) -> None:
         self._lookup = lookup
-        self._unembedding = lru_cache(maxsize=UNEMBEDDINGS_KEPT)(lambda name: Unembedding(lookup.run(name)))
-        self._texts = lru_cache(maxsize=UNEMBEDDINGS_KEPT)(self._token_texts)
+        self._readout = lru_cache(maxsize=READOUTS_KEPT)(lambda name: Readout.of_run(lookup.run(name)))
+        self._texts = lru_cache(maxsize=READOUTS_KEPT)(self._token_texts)
 
     def activation(self, run: Column, site: Column, layer: Column, prompt_id: Column, pos: Column) -> Column:
         """Return vectors of sites without heads."""
@@ -125,13 +125,13 @@ class ActivationFunctions:
         for (run_name, layer), rows in call.groups(1):
             prompts, positions, counts = call.numbers[1:, rows]
             name = self._lookup.run(run_name).name
-            unembedding = self._unembedding(name)
-            _check_counts(counts, unembedding.n_tokens)
+            readout = self._readout(name)
+            _check_counts(counts, readout.n_tokens)
             address = Address("activation", name, RESIDUAL, layer)
             found = self._lookup.vectors(len(rows), [(address, np.arange(len(rows)), prompts, positions)])
             residual = found.values.reshape(-1, found.sizes[0])
-            top = unembedding.top(residual, int(counts.max()))
-            blocks.append((self._texts(name, unembedding.n_tokens), *top))
+            top = readout.top(residual, int(counts.max()))
+            blocks.append((self._texts(name, readout.n_tokens), *top))
             # every vector has as many places as the largest k; a row shows the first of them
             offsets[rows] = begin + found.offsets // found.sizes * counts.max()
             sizes[rows] = counts

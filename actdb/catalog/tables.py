@@ -15,12 +15,17 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the catalog. `statistic` is the name in a plan's `statistics` of one filled from each part's file."""
+    """A table of the catalog.
+
+    `statistic` is the name in a plan's `statistics` of one filled from each part's file; columns in `derived` are not
+    in that file, but computed from other tables.
+    """
 
     name: str
     meaning: str
     columns: tuple[Column, ...]
     statistic: str | None = None
+    derived: tuple[str, ...] = ()
 
 
 def parse_columns(text: str) -> tuple[Column, ...]:
@@ -149,6 +154,7 @@ SCHEMA: tuple[Table, ...] = (
             direct_logit_attribution FLOAT to the next token, from head_attribution; null without lens statistics
         """),
         statistic="heads",
+        derived=("direct_logit_attribution",),
     ),
     Table(
         "neuron_moments",

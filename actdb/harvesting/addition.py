@@ -139,7 +139,7 @@ class Order:
     @classmethod
     def make(cls, index: PromptIndex, axis: str) -> "Order":
         """Take the order from a run's prompts."""
-        prompts = np.argsort(index.row_start, kind="stable")
+        prompts = index.in_storage_order()
         if axis == "prompt":
             return cls(prompts, None, index.part[prompts])
         counts = index.n_rows[prompts]

@@ -14,7 +14,7 @@ import torch
 
 from actdb.errors import ModelError, SpaceError
 from actdb.harvesting import plan as planning
-from actdb.harvesting.capture import PaddedBatch, run_batch, site_hooks
+from actdb.harvesting.capture import PaddedBatch, site_hooks
 from actdb.harvesting.claim import claim_run
 from actdb.harvesting.handover import Handover
 from actdb.harvesting.harvest import Harvest
@@ -22,7 +22,7 @@ from actdb.harvesting.pipeline import PartWriter, Writers, planned_parts
 from actdb.harvesting.sites import LOGITS, HarvestSite
 from actdb.harvesting.statistics import PartStatistic
 from actdb.harvesting.statistics.choice import Constants, Points, make_statistics
-from actdb.harvesting.trial import check_lens, check_memory, check_range, make_batch
+from actdb.harvesting.trial import check_lens, check_memory, check_range, make_batch, run_planned
 from actdb.harvesting.weights import WEIGHTS, model_readout, output_grams, output_weights
 from actdb.schema import Commit, RunInfo
 from actdb.storage import commits, verify
@@ -232,14 +232,7 @@ def _run_part_batch(
     hooks = site_hooks(harvest.sites, batch, dtypes, count)
     for statistic in statistics:
         hooks += statistic.hooks(batch)
-    run_batch(
-        harvest.model,
-        batch,
-        hooks,
-        interventions=harvest.interventions,
-        unembed=harvest.needs_unembed,
-        end=harvest.end,
-    )
+    run_planned(harvest, batch, hooks)
     for site in harvest.sites:
         if n_received[site.name] != len(site.points):
             raise ModelError(

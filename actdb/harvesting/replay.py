@@ -19,7 +19,7 @@ from actdb.harvesting.statistics.choice import Constants, Points, make_statistic
 from actdb.schema import STATISTICS, Commit
 from actdb.storage import commits, verify
 from actdb.storage.folder import Folder, write_error
-from actdb.unembedding import READOUT_WEIGHTS, Readout
+from actdb.unembedding import Readout
 
 if TYPE_CHECKING:
     from actdb.run import Run
@@ -141,8 +141,7 @@ class Replay:
     def _batches(self, part: int) -> Iterator[PaddedBatch]:
         """Yield a part's prompts in storage order, in batches of a bounded number of tokens with their pads."""
         index = self.run.prompt_index
-        prompts = np.flatnonzero(index.part == part)
-        prompts = prompts[np.argsort(index.row_start[prompts], kind="stable")]
+        prompts = index.in_storage_order(np.flatnonzero(index.part == part))
         limit = BATCH_TOKENS
         if self.points.logits is not None:
             limit = max(1, min(limit, LOGIT_VALUES // int(self.run.info.model.get("d_vocab") or 1)))
@@ -218,13 +217,10 @@ def _constants(run: "Run", names: Sequence[str]) -> Constants:
                 outputs[layer] = weight
     readout = None
     if "lens" in names or ("tokens" in names and LOGITS not in run):
-        known = run.weight_names()
-        weights = {name: run.torch_weight(name).to(torch.float32) for name in READOUT_WEIGHTS if name in known}
         try:
-            weights["unembed.W_U"] = run.torch_weight("W_U").to(torch.float32)
+            readout = Readout.of_run(run, lambda name: run.torch_weight(name).to(torch.float32))
         except SelectionError as exc:
             raise SettingError(f"--stats {'lens' if 'lens' in names else 'tokens'}: {exc}") from exc
-        readout = Readout.make(weights, run.info.model)
     return Constants(
         grams={layer: weight @ weight.transpose(1, 2) for layer, weight in outputs.items()},
         outputs=outputs,

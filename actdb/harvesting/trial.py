@@ -11,6 +11,7 @@ from actdb.harvesting.capture import PaddedBatch, pad_batch, run_batch, site_hoo
 from actdb.harvesting.harvest import Harvest
 from actdb.harvesting.pipeline import range_error
 from actdb.harvesting.sites import LOGITS, HarvestSite
+from actdb.harvesting.statistics import Hook
 from actdb.harvesting.weights import model_readout
 
 LENS_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -27,6 +28,18 @@ def make_batch(harvest: Harvest, prompt_ids: Sequence[int]) -> PaddedBatch:
         positions=harvest.settings.positions,
         packed=any(site.kind == "entry" for site in harvest.sites),
         prompt_ids=prompt_ids,
+    )
+
+
+def run_planned(harvest: Harvest, batch: PaddedBatch, hooks: Sequence[Hook]) -> None:
+    """Run the model over a batch as the harvest does, with its interventions, up to where nothing more is needed."""
+    run_batch(
+        harvest.model,
+        batch,
+        hooks,
+        interventions=harvest.interventions,
+        unembed=harvest.needs_unembed,
+        end=harvest.end,
     )
 
 
@@ -50,15 +63,7 @@ def check_range(harvest: Harvest) -> None:
 
         wide = dict.fromkeys((site.name for site in harvest.sites), "float32")
         kept = [site for site in harvest.sites if site.transform is None]
-        hooks = site_hooks(kept, batch, wide, check)
-        run_batch(
-            harvest.model,
-            batch,
-            hooks,
-            interventions=harvest.interventions,
-            unembed=harvest.needs_unembed,
-            end=harvest.end,
-        )
+        run_planned(harvest, batch, site_hooks(kept, batch, wide, check))
 
 
 def check_lens(harvest: Harvest) -> None:
@@ -118,15 +123,7 @@ def _runs(harvest: Harvest) -> Callable[[Sequence[int]], bool]:
         try:
             batch = make_batch(harvest, prompt_ids)
             dtypes = {spec.name: spec.dtype for spec in harvest.info.sites}
-            hooks = site_hooks(harvest.sites, batch, dtypes, lambda site, index, block: None)
-            run_batch(
-                harvest.model,
-                batch,
-                hooks,
-                interventions=harvest.interventions,
-                unembed=harvest.needs_unembed,
-                end=harvest.end,
-            )
+            run_planned(harvest, batch, site_hooks(harvest.sites, batch, dtypes, lambda site, index, block: None))
         except torch.OutOfMemoryError:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

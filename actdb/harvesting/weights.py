@@ -15,7 +15,7 @@ from actdb.errors import DamageError
 from actdb.harvesting.models import Model
 from actdb.schema import FileRecord, seal, unseal
 from actdb.storage.folder import Folder
-from actdb.unembedding import READOUT_WEIGHTS, Readout
+from actdb.unembedding import READOUT_WEIGHTS, UNEMBEDDING, Readout
 
 WEIGHTS = "weights"
 TIED = "W_U is the transpose of W_E"
@@ -104,9 +104,13 @@ def output_grams(model: Model, layers: Sequence[int]) -> dict[int, torch.Tensor]
 def model_readout(model: Model) -> Readout | None:
     """Return the final norm and unembedding, in float32 on the device; None where the model names no W_U."""
     tensors = _named_tensors(model)
-    if "unembed.W_U" not in tensors:
+    if UNEMBEDDING not in tensors:
         return None
-    weights = {name: tensors[name].to(model.device, torch.float32) for name in READOUT_WEIGHTS if name in tensors}
+    weights = {
+        name: tensors[name].to(model.device, torch.float32)
+        for name in (*READOUT_WEIGHTS, UNEMBEDDING)
+        if name in tensors
+    }
     return Readout.make(weights, model.config)
 
 

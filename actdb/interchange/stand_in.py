@@ -1,11 +1,13 @@
 """The model of a run, as far as an `ActivationCache` asks for one: made of the weights that are stored with the run."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from actdb.errors import SelectionError
+from actdb.unembedding import NORM_WEIGHTS, FinalNorm
 
 if TYPE_CHECKING:
     from actdb.run import Run
@@ -64,13 +66,14 @@ class StandIn:
         raise SelectionError(f"reading out logits needs the model; {NEEDS}, or use SQL's logit_lens()")
 
     @property
-    def ln_final(self) -> "FinalNorm":
-        """The final norm; raises `SelectionError` for one that is not known."""
+    def ln_final(self) -> Callable[[torch.Tensor], Any]:
+        """The final norm of [batch, pos, d_model]; raises `SelectionError` for one that is not known."""
         kind = self.cfg.normalization_type
         if kind not in NORMS or self.cfg.eps is None:
             raise SelectionError(f"run {self._run.name!r}: its final norm is not recorded; {NEEDS}")
-        scale, shift = self.optional_weight("ln_final.w"), self.optional_weight("ln_final.b")
-        return FinalNorm(kind.startswith("LN"), float(self.cfg.eps), scale, shift)
+        return FinalNorm.make(
+            {name: self.optional_weight(name) for name in NORM_WEIGHTS}, self._run.info.model
+        ).normalised
 
     def tokens_to_residual_directions(self, tokens: "str | int | torch.Tensor") -> torch.Tensor:
         """Return the columns of W_U of tokens: [*tokens, d_model], without the axes of a single one."""
@@ -126,18 +129,3 @@ class Weights:
         if not name.startswith(("W_", "b_")):
             raise AttributeError(name)
         return self._model._weight(name, layer=self._layer)
-
-
-class FinalNorm(torch.nn.Module):
-    """A LayerNorm (`centred`) or RMSNorm with stored weights; x [batch, pos, d_model] → the same shape."""
-
-    def __init__(self, centred: bool, eps: float, scale: torch.Tensor | None, shift: torch.Tensor | None) -> None:
-        super().__init__()
-        self.centred, self.eps, self.scale, self.shift = centred, eps, scale, shift
-
-    def forward(self, x: torch.Tensor) -> Any:
-        """Normalise, then scale and shift where there are weights for it."""
-        x = x - x.mean(-1, keepdim=True) if self.centred else x
-        x = x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
-        x = x if self.scale is None else x * self.scale
-        return x if self.shift is None else x + self.shift

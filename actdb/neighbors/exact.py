@@ -5,9 +5,7 @@ once, since one product serves both rows.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -165,22 +163,15 @@ def check_k(k: int, n_rows: int, excluded: Excluded) -> None:
 
 
 def _blocks(rows: Rows, begin: int, space: Space) -> Iterator[tuple[int, Floats]]:
-    """Yield blocks of rows from `begin` on, extended, with the number of each one's first row.
+    """Yield blocks of rows from `begin` on, extended, with the number of each one's first row; all in the same memory.
 
-    The next block is read meanwhile by a thread: what BLAS leaves of the processor is enough for that.
+    The products wait for the reading. To read ahead of them would be slower: a product is as late as its slowest core,
+    and a core that also reads is late by all of it.
     """
-
-    def read(start: int) -> Floats:
-        return space.extend(rows.read(start, start + BLOCK_ROWS))
-
-    starts = range(begin, len(rows), BLOCK_ROWS)
-    with ThreadPoolExecutor(1, "actdb-neighbors") as reader:
-        ahead = reader.submit(read, begin)
-        for start, following in zip_longest(starts, starts[1:]):
-            block = ahead.result()
-            if following is not None:
-                ahead = reader.submit(read, following)
-            yield start, block
+    block = np.empty((min(len(rows) - begin, BLOCK_ROWS), space.width(rows.width)), np.float32)
+    for start in range(begin, len(rows), BLOCK_ROWS):
+        values = rows.read(start, start + BLOCK_ROWS)
+        yield start, space.extend(values, block[: len(values)])
 
 
 def _hide(products: Any, excluded: Excluded, queries: slice, begin: int, processor: Processor) -> None:

@@ -19,7 +19,7 @@ from actdb.errors import DamageError, SettingError, StaleIndexError
 from actdb.neighbors import library
 from actdb.neighbors.exact import Excluded, Found, check_k
 from actdb.neighbors.library import Design
-from actdb.neighbors.map import map_label
+from actdb.neighbors.map import map_label, subspace_options
 from actdb.neighbors.metric import distances_between
 from actdb.neighbors.row import Rows
 from actdb.schema import FileRecord, digest, seal, unseal
@@ -96,8 +96,11 @@ class IndexRecord:
 
 
 def index_name(rows: Rows) -> str:
-    """Return the folder of the index of such a comparison: one for each."""
-    return f"{INDEXES}/{rows.plane.run.name}/{NEIGHBORS}/{rows.plane.site}-{digest([rows.key, rows.where])[:12]}"
+    """Return the folder of the index of such a comparison: one for each, and for each name of a partition."""
+    key = rows.key
+    if "partition" in key["map"]:  # its content may change: an index of another then is stale, not unknown
+        key["map"]["subspace"] = None
+    return f"{INDEXES}/{rows.plane.run.name}/{NEIGHBORS}/{rows.plane.site}-{digest([key, rows.where])[:12]}"
 
 
 def rebuild_command(folder: Folder, key: Mapping[str, Any], where: str | None) -> str:
@@ -106,8 +109,7 @@ def rebuild_command(folder: Folder, key: Mapping[str, Any], where: str | None) -
     words += [f"--{name} {key[name]}" for name in ("layer", "head") if key[name] is not None]
     if key["map"]["maps"]:
         words.append(f"--map {','.join(key['map']['maps'])}")
-    if key["map"]["subspace"]:
-        words.append("--partition ... --subspace ...")
+    words += subspace_options(key["map"])
     return " ".join(words) + (f' --where "{where}"' if where else "")
 
 
@@ -132,7 +134,8 @@ def check_fresh(folder: Folder, record: IndexRecord, rows: Rows) -> None:
     """Raise `StaleIndexError`, with the command that makes it anew, unless an index holds exactly these rows."""
     command = rebuild_command(folder, rows.key, rows.where)
     if record.key != rows.key or record.plan_hash != rows.plane.run.info.plan_hash:
-        raise StaleIndexError(f"the index of {rows.plane} was made of another harvest; make it anew: {command}")
+        other = "partition" if record.plan_hash == rows.plane.run.info.plan_hash else "harvest"
+        raise StaleIndexError(f"the index of {rows.plane} was made of another {other}; make it anew: {command}")
     if record.rows != rows.digest:
         raise StaleIndexError(
             f"the index of {rows.plane} holds {record.n_rows} rows, and there are other ones now ({len(rows)});"

@@ -10,13 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from actdb.errors import SelectionError, SettingError
-from actdb.unembedding import Readout
+from actdb.unembedding import FinalNorm
 
 if TYPE_CHECKING:
     from actdb.run import Run
 
 MAPS = ("final_norm", "unembed")
-NORM_WEIGHTS = ("ln_final.w", "ln_final.b")
 GRAM_COLUMNS = 8192
 ORTHOGONAL_TOLERANCE = 1e-3
 Floats = npt.NDArray[np.float32]
@@ -34,7 +33,7 @@ class RowMap:
     """
 
     width: int
-    norm: Readout | None
+    norm: FinalNorm | None
     matrix: Floats | None
     key: Mapping[str, Any]
 
@@ -52,13 +51,14 @@ def make_map(
     names: Sequence[str] = (),
     rotation: npt.ArrayLike | None = None,
     columns: Range | None = None,
+    partition: str | None = None,
 ) -> RowMap:
     """Return the map of rows of a site of this width, from weights kept with the run; the model is not loaded.
 
     final_norm is the run's final norm. `rotation` [width, n ≤ width] has orthonormal columns, of which the range
-    `columns` spans a subspace: rows become their coordinates there. unembed makes lengths those of the logits: with
-    W_U [d_model, d_vocab] and G = W_U W_Uᵀ = F Fᵀ, ‖Δ F‖ = ‖Δ W_U‖, where F is d_model wide; in a subspace, G is
-    restricted to it. Costs one pass over W_U the first time.
+    `columns` spans a subspace: rows become their coordinates there; `partition` is its name, where it has one. unembed
+    makes lengths those of the logits: with W_U [d_model, d_vocab] and G = W_U W_Uᵀ = F Fᵀ, ‖Δ F‖ = ‖Δ W_U‖, where F is
+    d_model wide; in a subspace, G is restricted to it. Costs one pass over W_U the first time.
 
     Raises `SettingError` for an unknown map or a matrix that is no rotation, `SelectionError` where the run lacks the
     weights.
@@ -74,7 +74,9 @@ def make_map(
     if "unembed" in names:
         factor = _unembedding_factor(run, width, basis)
         matrix = np.asarray(factor if basis is None else basis.astype(np.float64) @ factor, np.float32)
+    named = {} if partition is None else {"partition": partition, "columns": columns and list(columns)}
     key = {
+        **named,
         "maps": sorted(names),
         "weights": run.info.plan.get("weights_sha256") if names else None,
         "subspace": None if basis is None else hashlib.sha256(basis.tobytes()).hexdigest(),
@@ -83,9 +85,25 @@ def make_map(
 
 
 def map_label(key: Mapping[str, Any]) -> str:
-    """Return a short text for the key of a map, empty for none: final_norm, subspace 1a2b3c4d."""
-    subspace = [f"subspace {key['subspace'][:8]}"] if key["subspace"] else []
+    """Return a short text for the key of a map, empty for none: final_norm, ndm 0:32; subspace 1a2b3c4d of no name."""
+    if "partition" in key:
+        subspace = [" ".join([key["partition"], *_range(key)])]
+    else:
+        subspace = [f"subspace {key['subspace'][:8]}"] if key["subspace"] else []
     return ", ".join([*key["maps"], *subspace])
+
+
+def subspace_options(key: Mapping[str, Any]) -> list[str]:
+    """Return the options of `actdb index` that choose the subspace of a map's key; NAME where it has no name."""
+    if not key["subspace"]:
+        return []
+    options = [f"--partition {key.get('partition', 'NAME')}"]
+    return options + [f"--subspace {columns}" for columns in _range(key)]
+
+
+def _range(key: Mapping[str, Any]) -> list[str]:
+    """Return the range of columns as an option writes it, or nothing where all are meant."""
+    return [":".join(map(str, key["columns"]))] if key.get("columns") else []
 
 
 def check_rotation(rotation: npt.ArrayLike) -> Floats:
@@ -116,13 +134,12 @@ def _basis(rotation: npt.ArrayLike, width: int, columns: Range | None) -> Floats
     return np.ascontiguousarray(matrix[:, begin:end])
 
 
-def _final_norm(run: "Run", width: int) -> Readout:
-    names = run.weight_names()
-    weights = {name: np.asarray(run.weight(name), np.float32) for name in NORM_WEIGHTS if name in names}
-    if "ln_final.w" not in weights:
+def _final_norm(run: "Run", width: int) -> FinalNorm:
+    norm = FinalNorm.of_run(run)
+    if norm.scale is None:
         raise SelectionError(f"map 'final_norm': run {run.name!r} keeps no final norm; leave the map out")
-    _check_width("final_norm", len(weights["ln_final.w"]), width)
-    return Readout.make({"unembed.W_U": None, **weights}, run.info.model)
+    _check_width("final_norm", len(norm.scale), width)
+    return norm
 
 
 def _unembedding_factor(run: "Run", width: int, basis: Floats | None) -> Doubles:

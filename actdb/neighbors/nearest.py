@@ -40,7 +40,8 @@ class Comparison:
         names = self.map.split(",") if isinstance(self.map, str) else list(self.map or ())
         rotation, columns = self._subspace(plane, sql)
         names = [name.strip() for name in names]
-        row_map = make_map(plane.run, plane.width, names=names, rotation=rotation, columns=columns)
+        partition = self.partition if isinstance(self.partition, str) else None
+        row_map = make_map(plane.run, plane.width, names=names, rotation=rotation, columns=columns, partition=partition)
         return Rows(plane, row_map, self.metric, self.where)
 
     def _subspace(self, plane: Plane, sql: Sql) -> tuple[npt.ArrayLike | None, tuple[int, int] | None]:

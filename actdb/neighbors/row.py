@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from actdb.errors import SelectionError, SettingError
 from actdb.neighbors.map import RowMap
-from actdb.neighbors.metric import check_metric, unit, zero_rows
+from actdb.neighbors.metric import check_metric, unit, widen, zero_rows
 from actdb.schema import HEAD_DIMS
 from actdb.selection.plan import expand, plan_reads
 from actdb.selection.view import Source
@@ -96,7 +96,7 @@ class Rows:
             raise SelectionError(f"run {plane.run.name!r} {reason}")
         self.has_positions = "prompt" not in source.spec.dims
         if self.has_positions:
-            ids = ids[np.argsort(index.row_start[ids], kind="stable")]
+            ids = index.in_storage_order(ids)
             starts, counts = index.row_start[ids], index.n_rows[ids]
         else:
             starts = index.prompt_rows(source.spec)[ids]
@@ -169,7 +169,7 @@ class Rows:
         source = self.plane.source
         reads = plan_reads(source.spec, places, np.ones_like(places))
         values = source.reader.read([self.plane.number], reads, len(places))[0]
-        mapped = self.map.apply(np.asarray(values, np.float32))
+        mapped = self.map.apply(widen(values))
         if self.metric != "cosine":
             return mapped
         zeros = zero_rows(mapped)

@@ -133,8 +133,7 @@ class Best:
         known = scores[~np.isnan(scores)]
         floor = np.partition(known, len(known) - self._k)[len(known) - self._k] if len(known) > self._k else -np.inf
         rows_kept = np.flatnonzero(scores >= floor)
-        prompts = index.stored_ids()
-        prompts = prompts[np.argsort(index.row_start[prompts], kind="stable")]
+        prompts = index.in_storage_order(index.stored_ids())
         ends = np.cumsum(index.n_rows[prompts])
         owner = np.searchsorted(ends, rows_kept, side="right")
         prompt = prompts[owner]

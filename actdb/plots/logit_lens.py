@@ -23,7 +23,7 @@ from actdb.plots.style import (
     run_title,
     visible,
 )
-from actdb.unembedding import BLOCK_VALUES, Unembedding
+from actdb.unembedding import BLOCK_VALUES, Readout
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,16 +96,16 @@ def read_lens(run: "Run", prompt: int, *, pos: Positions = None, divergence: boo
         pos = -1
     positions = chosen_positions(len(run.tokens(prompt)), pos)
     residual = np.asarray(site.sel(prompt=prompt, pos=positions).numpy(), np.float32)
-    unembedding = Unembedding(run)
+    readout = Readout.of_run(run)
     names = [name for name in UNITS if name != "kl" or divergence]
     likeliest = np.empty(residual.shape[:2], np.int32)
     measures = {name: np.empty(residual.shape[:2], np.float32) for name in names}
-    size = max(1, BLOCK_VALUES // unembedding.n_tokens)
+    size = max(1, BLOCK_VALUES // readout.n_tokens)
     for begin in range(0, len(positions), size):
         block = slice(begin, begin + size)
-        final = _log_softmax(unembedding.logits(residual[-1, block])) if divergence else None
+        final = _log_softmax(readout.logits(residual[-1, block])) if divergence else None
         for i, vectors in enumerate(residual[:, block]):
-            log_p = _log_softmax(unembedding.logits(vectors))
+            log_p = _log_softmax(readout.logits(vectors))
             p = np.exp(log_p)
             likeliest[i, block] = log_p.argmax(-1)
             measures["probability"][i, block] = p.max(-1)

@@ -44,6 +44,11 @@ class PromptIndex:
         """Return the ids of the stored prompts, ascending."""
         return np.flatnonzero(self.stored)
 
+    def in_storage_order(self, ids: Ints | None = None) -> Ints:
+        """Return the ids, by default those of all prompts, in the order in which their rows are stored."""
+        ids = np.arange(len(self)) if ids is None else ids
+        return ids[np.argsort(self.row_start[ids], kind="stable")]
+
     def prompt_rows(self, spec: SiteSpec) -> Ints:
         """Return the index of every prompt along a prompt-level site's axis: its place within its part."""
         order = np.lexsort((self.row_start, self.part))

@@ -61,7 +61,7 @@ def store_states(run: actdb.Run) -> None:
 
 def searches(run: actdb.Run) -> dict[str, dict[str, Any]]:
     """Return what `db.neighbors` is asked for, by distance."""
-    return DISTANCES if run.readout().readout.divides else WITHOUT_NORM
+    return DISTANCES if run.readout().norm.divides else WITHOUT_NORM
 
 
 def neighbour_pairs(db: actdb.Database, run: actdb.Run, *, layer: int, k: int, n: int, seed: int) -> tuple[Ints, Ints]:
@@ -111,8 +111,8 @@ def measure_pairs(run: actdb.Run, readout: Any, a: Ints, b: Ints, *, layer: int)
 
 def state_distances(readout: Any, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32]) -> dict[str, Floats]:
     """Return the three distances of rows [row, d_model], as `db.neighbors` measures them."""
-    norm_x, norm_y = readout.normalised(x), readout.normalised(y)
-    through = (norm_x - norm_y) @ readout.readout.matrix
+    norm_x, norm_y = readout.norm.normalised(x), readout.norm.normalised(y)
+    through = (norm_x - norm_y) @ readout.matrix
     return {
         "cosine": 1 - _cosine(x, y),
         "final_norm": 1 - _cosine(norm_x, norm_y),
@@ -122,7 +122,7 @@ def state_distances(readout: Any, x: npt.NDArray[np.float32], y: npt.NDArray[np.
 
 def normed_differences(run: actdb.Run, readout: Any, a: Ints, b: Ints, *, layer: int) -> Floats:
     """Return Δ = ln_final(x_a) − ln_final(x_b) [pair, d_model] at a layer."""
-    x, y = (readout.normalised(_rows(run, layer, ids.tolist())) for ids in (a, b))
+    x, y = (readout.norm.normalised(_rows(run, layer, ids.tolist())) for ids in (a, b))
     return np.asarray(x - y, np.float64)
 
 

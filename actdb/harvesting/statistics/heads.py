@@ -188,5 +188,4 @@ class HeadStatistics:
         for i, name in enumerate((*PATTERN_COLUMNS, *NORM_COLUMNS)):
             flat = values[..., i].reshape(-1)
             columns[name] = pa.array(flat, mask=np.isnan(flat))
-        columns["direct_logit_attribution"] = pa.nulls(len(columns["head"]), pa.float32())  # the catalog fills it in
         return pa.table(columns)

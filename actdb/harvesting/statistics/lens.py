@@ -78,11 +78,11 @@ class LensStatistics:
 
     def _directions(self, batch: PaddedBatch) -> torch.Tensor:
         """Return what a head's output is multiplied by for its attribution, before the norm divides: [row, d_model]."""
-        readout = self._readout
+        readout, norm = self._readout, self._readout.norm
         token = batch.following().clamp_min(0)
         directions = readout.matrix.index_select(1, token).T - self._mean_direction
-        directions = directions if readout.scale is None else directions * readout.scale
-        return readout.centred(directions)  # type: ignore[no-any-return]
+        directions = directions if norm.scale is None else directions * norm.scale
+        return norm.centred(directions)  # type: ignore[no-any-return]
 
     def collect(self) -> None:
         """Read every layer of the batch out, in blocks of rows, so that few logits are held at once."""
@@ -101,7 +101,7 @@ class LensStatistics:
         self._seen.clear()
 
     def _readout_size(self, final: torch.Tensor) -> Any:
-        size = self._readout.size(final)
+        size = self._readout.norm.size(final)
         return size if isinstance(size, int) else size[..., None]
 
     def _read_out(self, final: torch.Tensor, rows: slice, following: torch.Tensor) -> None:
