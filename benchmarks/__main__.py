@@ -5,6 +5,7 @@ import importlib
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from benchmarks.harness import SIZES, Goal, Table, cell, machine
 
 CLAIMS = (
     *("harvest", "profile", "write", "slices", "scans", "stream", "volume", "sql", "functions", "neurons"),
-    *("neighbors", "indexes", "memory", "growth", "writer", "startup", "gpu"),
+    *("neighbors", "indexes", "memory", "growth", "writer", "startup", "gpu", "subspaces"),
 )
 LIMIT_S = 900
 TABLES = "tables"
@@ -51,9 +52,10 @@ def main() -> None:
 
 def run_claim(claim: str, size: str, out: Path) -> None:
     """Run one claim in this process."""
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="actdb-bench-") as folder:
         table = importlib.import_module(f"benchmarks.{claim}").run(size, Path(folder))
-    table = replace(table, made=f"Size {size}; {machine()}")
+    table = replace(table, made=f"Size {size}, {time.perf_counter() - began:.0f} s; {machine()}")
     out.write_text(table.to_json(), encoding="utf-8")
 
 
@@ -75,17 +77,14 @@ def write_results(out: Path) -> None:
     kept = {claim: out / TABLES / f"{claim}.json" for claim in CLAIMS}
     tables = {claim: Table.from_json(path.read_text()) for claim, path in kept.items() if path.exists()}
     goals = [goal for table in tables.values() for goal in table.goals]
-    made = {table.made for table in tables.values()}
     texts = [
         "# Results\n\nMade by `python -m benchmarks`. Figures are medians of turns taken within one run (A B A B):",
         "compare ratios within a table, not figures of two tables.\n",
-        *([f"{next(iter(made))}\n"] if len(made) == 1 else []),
         *([goals_table(goals)] if goals else []),
     ]
     for claim, table in tables.items():
         texts.append(table.markdown())
-        if len(made) > 1:
-            texts.append(f"{table.made}\n")
+        texts.append(f"{table.made}\n")
         if table.plotted is not None:
             draw(table, out / "plots" / f"{claim}.png")
             texts.append(f"![{table.title}](plots/{claim}.png)\n")

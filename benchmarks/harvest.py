@@ -38,11 +38,8 @@ Cache = dict[str, torch.Tensor]
 def run(size: str, folder: Path) -> Table:
     """Return tokens a second of each way, as ratios to the bare forward pass with and without logits."""
     n_batches, rounds = SCALE[size]
-    model = _model(size, folder)
-    ids = torch.from_numpy(
-        np.random.default_rng(0).integers(0, int(model.config["d_vocab"]), (n_batches, BATCH, TOKENS))
-    )
-    prompts = [{"tokens": prompt.tolist()} for batch in ids for prompt in batch]
+    model = make_model(size, folder)
+    ids, prompts = make_inputs(model, n_batches)
     planned = {
         name: plan_harvest(model.module, prompts, settings)
         for name, settings in {
@@ -176,7 +173,8 @@ def nnsight_cache(nnsight: Any, plain: Any, batch: torch.Tensor, folder: Path) -
 def torchlens_trace(torchlens: Any, plain: Any, batch: torch.Tensor, folder: Path) -> None:
     """Store as many softmax, reshape, mul and add outputs of the logged operations as there are layers."""
     with torch.no_grad():
-        trace = torchlens.trace(plain, batch)
+        unbounded = torchlens.options.CaptureOptions(save_budget=None)  # by default half of what memory is free
+        trace = torchlens.trace(plain, batch, capture=unbounded)
     n_layers, kept = len(plain.transformer.h), {}
     for kind in ("softmax", "reshape", "mul", "add"):
         labels = [label for label in trace.layer_labels if label.startswith(kind)]
@@ -192,7 +190,15 @@ def _assert_equal(run: actdb.Run, cache: Cache, n_layers: int) -> None:
             assert np.allclose(stored, value.transpose(1, 0, 2) if site == "z" else value, atol=2e-3), site
 
 
-def _model(size: str, folder: Path) -> Model:
+def make_inputs(model: Model, n_batches: int) -> tuple[torch.Tensor, list[dict[str, list[int]]]]:
+    """Return random token ids [batch, prompt, pos], and the same as prompts to harvest."""
+    shape = (n_batches, BATCH, TOKENS)
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, int(model.config["d_vocab"]), shape))
+    return ids, [{"tokens": prompt.tolist()} for batch in ids for prompt in batch]
+
+
+def make_model(size: str, folder: Path) -> Model:
+    """Return GPT-2-small's shape with random weights, and for the tiny size one of one layer."""
     if size != "tiny":
         return load_model("gpt2-small", random_init=0)
     return tiny_model(folder)

@@ -57,10 +57,10 @@ def measure(way: str, size: str, n_batches: int, out: Path) -> float:
     from actdb.harvesting.harvest import plan_harvest
     from actdb.harvesting.settings import Settings
     from actdb.harvesting.sites import forward
-    from benchmarks.harvest import BATCH, SITES, TOKENS, _model, cached
+    from benchmarks.harvest import BATCH, SITES, TOKENS, cached, make_model
 
     out.mkdir()
-    model = _model(size, out)
+    model = make_model(size, out)
     ids = torch.from_numpy(
         np.random.default_rng(0).integers(0, int(model.config["d_vocab"]), (n_batches, BATCH, TOKENS))
     )

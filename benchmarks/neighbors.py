@@ -37,7 +37,7 @@ TRAINED = {"full": 100_000, "quick": 10_000, "tiny": 300}
 PEERS = ("faiss", "sklearn")
 FEW = 100_000
 """Rows above which only FAISS is measured beside: the others take minutes."""
-WIDTH, INNER, TOKENS, K = 768, 32, 100, 10
+WIDTH, INNER, TOKENS, K, SAMPLE = 768, 32, 100, 10, 8192
 TORCH_QUERIES = 256
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -58,13 +58,12 @@ def run(size: str, folder: Path) -> Table:
             if peer in speeds and size != "tiny":
                 goals.append(Goal(f"exact search of {what} ÷ {peer}", speeds["actdb"] / speeds[peer], bound))
     graph = next(opened for name, opened in places if name == "768 wide" and len(opened) == n_graph)
-    seconds = time_graph(graph, rounds=1)
-    rows += [(f"graph of {n_graph:,} rows", way, f"{s:,.3g} s", n_graph / s) for way, s in seconds.items()]
-    if "faiss flat" in seconds:
-        ratio = seconds["actdb"] / seconds["faiss flat"]
-        goals.append(Goal(f"time of the graph of {n_graph:,} rows ÷ faiss flat", ratio, 1.1, at_least=False))
-    for way in ("actdb", "faiss flat") if "faiss flat" in seconds else ("actdb",):
-        rows.append((f"graph of {n_graph:,} rows", f"{way}, memory", f"{peak(way, size, graph):,.0f} MiB", ""))
+    costs, what = measure_graph(graph, folder, size), f"graph of {n_graph:,} rows"
+    rows += [(what, way, f"{seconds:,.3g} s", n_graph / seconds) for way, (seconds, _) in costs.items()]
+    rows += [(what, f"{way}, memory", f"{grown:,.0f} MiB", "") for way, (_, grown) in costs.items()]
+    if "faiss flat" in costs:
+        ratio = costs["actdb"][0] / costs["faiss flat"][0]
+        goals.append(Goal(f"time of the {what} ÷ faiss flat", ratio, 1.1, at_least=False))
     header = ("what", "way", "measured", "rows/s")
     return Table("Exact neighbours", note(__doc__) + missing(*PEERS), header, rows, goals, "rows/s")
 
@@ -88,24 +87,41 @@ def time_queries(rows: Rows, n_queries: int, *, rounds: int) -> dict[str, float]
     return {name: len(queries) / seconds for name, seconds in take_turns(ways, rounds=rounds).items()}
 
 
-def time_graph(rows: Rows, *, rounds: int) -> dict[str, float]:
-    """Return the seconds that the neighbours of every row take each way."""
-    sample = slice(0, 2 * exact.BLOCK_ROWS)
-    values = rows.read(0, len(rows))
-    mine, others = join(rows)[sample], faiss_join(values[:0], values)
-    ways: dict[str, Callable[[], Any]] = {"actdb": partial(join, rows)}
-    if others is not None:
-        theirs = faiss_join(values[sample], values)
-        assert theirs is not None
-        assert np.allclose(mine, theirs[:, 1:], rtol=1e-3, atol=0.05)  # equal rows are at a distance of rounding
-        ways["faiss flat"] = partial(faiss_join, values, values)
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            way()
-            times[name].append(time.perf_counter() - began)
-    return {name: float(np.median(seconds)) for name, seconds in times.items()}
+def measure_graph(rows: Rows, folder: Path, size: str) -> dict[str, tuple[float, float]]:
+    """Return the seconds of each way to every row's neighbours, and the MiB that its process grows by.
+
+    Each has a process of its own; the tiny size, which tests that it runs, has this one.
+    """
+    path, costs, found = rows.plane.run.source("resid_post").reader._folder.root, {}, {}
+    for way in ("actdb", *(("faiss flat",) if "faiss" in peers("faiss") else ())):
+        out = folder / f"{way}.npz"
+        if size == "tiny":
+            make_graph(way, path, out)
+        else:
+            subprocess.run([sys.executable, "-m", "benchmarks.neighbors", way, str(path), str(out)], check=True)
+        with np.load(out) as held:
+            costs[way], found[way] = (float(held["seconds"]), float(held["grown"])), held["distances"]
+    for distances in found.values():  # equal rows are at a distance of rounding
+        assert np.allclose(distances, found["actdb"], rtol=1e-3, atol=0.05)
+    return costs
+
+
+def make_graph(way: str, path: Path, out: Path) -> None:
+    """Find the neighbours of every row; keeps some distances, the seconds, and what this process grew by at its peak.
+
+    FAISS gets its rows in memory before the clock starts; their memory counts.
+    """
+    rows = open_rows(path, 0)
+    rows.read(0, 1)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew; getrusage would tell the parent's too
+    before = resident_mb()
+    values = rows.read(0, len(rows)) if way == "faiss flat" else None
+    began = time.perf_counter()
+    distances = join(rows) if values is None else faiss_join(values)
+    seconds = time.perf_counter() - began
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak_kb = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    np.savez(out, distances=distances[:SAMPLE], seconds=seconds, grown=max(peak_kb / 1024 - before, 0.1))
 
 
 def search(rows: Rows, queries: Floats) -> Floats:
@@ -135,11 +151,9 @@ def faiss_search(index: Any, queries: Floats) -> Floats:
     return np.asarray(np.sqrt(index.search(queries, K)[0]), np.float32)
 
 
-def faiss_join(queries: Floats, values: Floats) -> Floats | None:
-    """Return distances [row, k + 1] of rows' neighbours among rows, themselves included; None without FAISS."""
-    if "faiss" not in peers("faiss"):
-        return None
-    return np.asarray(np.sqrt(faiss_index(values).search(queries, K + 1)[0]) if len(queries) else queries, np.float32)
+def faiss_join(values: Floats) -> Floats:
+    """Return distances [row, k] of rows' neighbours by FAISS, themselves left out."""
+    return np.asarray(np.sqrt(faiss_index(values).search(values, K + 1)[0][:, 1:]), np.float32)
 
 
 def torch_search(values: Floats, queries: Floats) -> Floats:
@@ -189,31 +203,5 @@ def open_rows(path: Path, layer: int, where: str | None = None) -> Rows:
     return Rows(plane, make_map(run, plane.width), "l2", where)
 
 
-def peak(way: str, size: str, rows: Rows) -> float:
-    """Return the MiB that a process grows by for the graph; in the tiny size, which tests that it runs, this one."""
-    path = str(rows.plane.run.source("resid_post").reader._folder.root)
-    if size == "tiny":
-        return grown(way, path)
-    command = [sys.executable, "-m", "benchmarks.neighbors", way, path]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
-
-
-def grown(way: str, path: str) -> float:
-    """Return the growth of this process's peak resident size over a graph, in MiB."""
-    peers("faiss")
-    rows = open_rows(Path(path), 0)
-    rows.read(0, 1)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew; getrusage would tell the parent's too
-    before = resident_mb()
-    if way == "actdb":
-        join(rows)
-    else:
-        values = rows.read(0, len(rows))
-        faiss_join(values, values)
-    lines = Path("/proc/self/status").read_text().splitlines()
-    peak_kb = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    return max(peak_kb / 1024 - before, 0.1)
-
-
 if __name__ == "__main__":
-    print(grown(sys.argv[1], sys.argv[2]))
+    make_graph(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 
 from actdb.harvesting.execution import run_harvest
@@ -19,7 +18,7 @@ from actdb.harvesting.harvest import Harvest, plan_harvest
 from actdb.harvesting.settings import Settings
 from actdb.harvesting.sites import forward
 from benchmarks.harness import Table, note, take_turns
-from benchmarks.harvest import BATCH, SITES, TOKENS, _model
+from benchmarks.harvest import SITES, make_inputs, make_model
 
 SCALE = {"full": (4, 3), "quick": (2, 1), "tiny": (1, 1)}  # batches, rounds
 PIPELINE = "actdb.harvesting.pipeline"
@@ -28,17 +27,14 @@ PIPELINE = "actdb.harvesting.pipeline"
 def run(size: str, folder: Path) -> Table:
     """Return seconds and shares of each stage."""
     n_batches, rounds = SCALE[size]
-    model = _model(size, folder)
-    ids = torch.from_numpy(
-        np.random.default_rng(0).integers(0, int(model.config["d_vocab"]), (n_batches, BATCH, TOKENS))
-    )
-    prompts = [{"tokens": prompt.tolist()} for batch in ids for prompt in batch]
+    model = make_model(size, folder)
+    ids, prompts = make_inputs(model, n_batches)
     out = folder / "x.actdb"
 
     def planned(name: str, **options: Any) -> Harvest:
         return plan_harvest(model.module, prompts, Settings(run=name, **options))
 
-    none = planned("none", sites=("resid_post",), layers=(0,), stats=())
+    none = planned("none", sites=("resid_post",), layers=(model.n_layers - 1,), stats=())
     heads = planned("heads", sites=SITES, stats=("heads",))
     sites = planned("sites", sites=SITES, stats=())
     stages: dict[str, tuple[Harvest, AbstractContextManager[Any]]] = {

@@ -1,8 +1,10 @@
 """Handing packed blocks from the model's device to the writers, in order, without holding the model up.
 
-On a CPU a block is already where it is needed: it goes to the writers at once, and the model waits while it is encoded
-(see `Writers`). From an accelerator it is copied into pinned memory on a side stream while the model goes on; a thread
-takes each copy up when it has arrived. Bytes under way are bounded there too.
+On a CPU a block is already where it is needed: it goes to the writers at once, and when these hold as much as may be
+under way, the model waits while that is encoded (see `Writers`). It waits seldom, since each time the threads of the
+model's last operation go on for milliseconds, waiting for the next one, on cores that encoders want: by 128 MiB instead
+of 8 a harvest takes 0.92 of the time. From an accelerator it is copied into pinned memory on a side stream while the
+model goes on; a thread takes each copy up when it has arrived. Bytes under way are bounded there too.
 """
 
 from collections.abc import Callable
@@ -11,8 +13,6 @@ import torch
 
 from actdb.harvesting.backlog import Backlog
 from actdb.harvesting.pipeline import PartWriter, Writers
-
-HELD_BYTES = 8 * 1024**2
 
 
 class Handover:
@@ -27,7 +27,7 @@ class Handover:
         """Take one layer's block of a batch; waits while too many bytes are on their way."""
         if self._backlog is None:
             part.append(site, layer_index, block.numpy())
-            self._writers.settle(least_bytes=HELD_BYTES)
+            self._writers.settle(least_bytes=self._writers.pending_bytes)
             return
         self._backlog.reserve("bytes", block.nbytes, limit=self._writers.pending_bytes)
         host, arrived = self._copy(block)
