@@ -10,58 +10,12 @@ from torch.nn import functional
 from transformer_lens.hook_points import HookPoint
 
 import actdb
+from analyses.common.transformer import Attention, Embedding, Mlp, Unembedding, copy_weights
 
 N_VOCABULARY, N_POSITIONS = 10, 8
 SHAPE = {"n_layers": 2, "n_heads": 2, "d_model": 16, "d_head": 8, "d_mlp": 64}
 SCHEMES = ("default", "xavier", "he", "small")
 SMALL_STD = 0.02
-
-
-class Attention(nn.Module):
-    """Attention with biases; every query sees every key unless `causal`."""
-
-    def __init__(self, cfg: SimpleNamespace) -> None:
-        super().__init__()
-        self.cfg = cfg
-        for name in ("Q", "K", "V"):
-            setattr(self, f"W_{name}", nn.Parameter(torch.empty(cfg.n_heads, cfg.d_model, cfg.d_head)))
-            setattr(self, f"b_{name}", nn.Parameter(torch.empty(cfg.n_heads, cfg.d_head)))
-        self.W_O = nn.Parameter(torch.empty(cfg.n_heads, cfg.d_head, cfg.d_model))
-        self.b_O = nn.Parameter(torch.empty(cfg.d_model))
-        self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
-        self.hook_pattern, self.hook_z = HookPoint(), HookPoint()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[batch, pos, d_model] → the same shape."""
-        q, k, v = (
-            hook(torch.einsum("bpd,hde->bphe", x, getattr(self, f"W_{name}")) + getattr(self, f"b_{name}"))
-            for name, hook in (("Q", self.hook_q), ("K", self.hook_k), ("V", self.hook_v))
-        )
-        scores = torch.einsum("bqhe,bkhe->bhqk", q, k) / math.sqrt(self.cfg.d_head)
-        if self.cfg.causal:
-            n = x.shape[1]
-            scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1), -torch.inf)
-        pattern = self.hook_pattern(scores.softmax(-1))
-        z = self.hook_z(torch.einsum("bhqk,bkhe->bqhe", pattern, v))
-        return torch.einsum("bqhe,hed->bqd", z, self.W_O) + self.b_O
-
-
-class Mlp(nn.Module):
-    """A ReLU layer of neurons and its output."""
-
-    def __init__(self, cfg: SimpleNamespace) -> None:
-        super().__init__()
-        self.W_in, self.b_in = nn.Parameter(torch.empty(cfg.d_model, cfg.d_mlp)), nn.Parameter(torch.empty(cfg.d_mlp))
-        self.W_out, self.b_out = (
-            nn.Parameter(torch.empty(cfg.d_mlp, cfg.d_model)),
-            nn.Parameter(torch.empty(cfg.d_model)),
-        )
-        self.hook_pre, self.hook_post = HookPoint(), HookPoint()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[batch, pos, d_model] → the same shape."""
-        neurons: torch.Tensor = self.hook_post(self.hook_pre(x @ self.W_in + self.b_in).relu())
-        return neurons @ self.W_out + self.b_out
 
 
 class Block(nn.Module):
@@ -79,28 +33,6 @@ class Block(nn.Module):
         x = self.hook_resid_pre(x)
         x = self.hook_resid_mid(self.ln1(x + self.hook_attn_out(self.attn(x))))
         out: torch.Tensor = self.hook_resid_post(self.ln2(x + self.hook_mlp_out(self.mlp(x))))
-        return out
-
-
-class Embedding(nn.Module):
-    """Token embeddings W_E [d_vocab, d_model], or positions W_pos [n_ctx, d_model]."""
-
-    def __init__(self, name: str, n_rows: int, d_model: int) -> None:
-        super().__init__()
-        self.register_parameter(name, nn.Parameter(torch.empty(n_rows, d_model)))
-
-
-class Unembedding(nn.Module):
-    """The linear output: logits = x W_U + b_U."""
-
-    def __init__(self, cfg: SimpleNamespace) -> None:
-        super().__init__()
-        self.W_U, self.b_U = nn.Parameter(torch.empty(cfg.d_model, cfg.d_vocab)), nn.Parameter(torch.empty(cfg.d_vocab))
-        self.hook_in, self.hook_out = HookPoint(), HookPoint()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., d_model] → [..., d_vocab]."""
-        out: torch.Tensor = self.hook_out(self.hook_in(x) @ self.W_U + self.b_U)
         return out
 
 
@@ -164,12 +96,7 @@ def initialise(model: PostNormTransformer, scheme: str, *, seed: int) -> None:
 def restore(run: actdb.Run) -> PostNormTransformer:
     """Rebuild a harvested model from the weights stored with its run, for interventions."""
     model = PostNormTransformer(seed=0, causal=run.info.causal, name=str(run.info.model["model"]))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parts = name.split(".")
-            layer = int(parts[1]) if parts[0] == "blocks" else None
-            own = ".".join(parts[2:]) if layer is not None else name
-            parameter.copy_(run.torch_weight(own, layer=layer))
+    copy_weights(model, run)
     return model.eval()
 
 

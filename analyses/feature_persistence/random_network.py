@@ -10,7 +10,8 @@ from torch.nn import functional
 from transformer_lens.hook_points import HookPoint
 
 import actdb
-from analyses.feature_persistence.model import N_VOCABULARY, Embedding
+from analyses.common.transformer import Embedding
+from analyses.feature_persistence.model import N_VOCABULARY
 from analyses.feature_persistence.task import probe_prompts, structured_prompts
 
 N_POSITIONS = 4
