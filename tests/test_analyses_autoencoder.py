@@ -11,7 +11,14 @@ from torch import nn
 from transformer_lens.hook_points import HookPoint
 
 import actdb
-from analyses.common.autoencoder import SparseAutoencoder, explained_variance, top_k, train_autoencoder
+from analyses.common.autoencoder import (
+    GatedAutoencoder,
+    SparseAutoencoder,
+    explained_variance,
+    top_k,
+    train_autoencoder,
+    train_gated,
+)
 from analyses.semantic_head.feature import compare_features, encode_tokens
 
 N_FEATURES, D_MODEL, N_ACTIVE = 48, 24, 3
@@ -139,3 +146,58 @@ def test_the_rows_come_from_shuffled(rows: Any, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(actdb.Selection, "shuffled", watch)
     train_autoencoder(rows, n_latents=8, k=1, epochs=2, seed=5, batch_rows=1000)
     assert seen == [(1000, {"seed": 5, "epochs": 2})]
+
+
+def test_a_gated_autoencoder_finds_planted_features_and_does_not_shrink_them(model: Sparse, rows: Any) -> None:
+    trained = train_gated(rows, n_latents=64, sparsity=2.0, epochs=40, seed=0, batch_rows=256)
+    assert explained_variance(trained.model, rows.numpy()) > 0.8
+    columns = trained.model.decoder.detach()
+    torch.testing.assert_close(columns.norm(dim=1), torch.ones(64))
+    found = (model.directions @ columns.T).max(1).values
+    assert (found > 0.9).float().mean() > 0.75
+    given = torch.from_numpy(rows.numpy())
+    with torch.inference_mode():
+        latents, rebuilt = trained.model.encode(given), trained.model(given)
+    assert (latents >= 0).all()
+    assert 1 < (latents > 0).float().sum(1).mean() < 3 * N_ACTIVE
+    # an L1 penalty on the latents themselves would leave reconstructions short: x̂ is the least-squares multiple of x
+    centred, rebuilt = given - given.mean(0), rebuilt - given.mean(0)
+    assert (centred * rebuilt).sum() / rebuilt.square().sum() == pytest.approx(1.0, abs=0.05)
+
+
+def test_the_gated_objective_is_that_of_the_paper() -> None:
+    model = GatedAutoencoder(5, 7, 0.3, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in (model.encoder_bias, model.magnitude_scale, model.magnitude_bias, model.decoder_bias):
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    rows = torch.randn(9, 5, generator=generator)
+    found = model.objective(rows, torch.zeros(7, dtype=torch.long), 1.0)
+    centred = (rows - model.decoder_bias) @ model.encoder
+    gate = centred + model.encoder_bias
+    latents = torch.where(gate > 0, (centred * model.magnitude_scale.exp() + model.magnitude_bias).relu(), 0.0)
+    rebuilt = latents @ model.decoder + model.decoder_bias
+    by_gate = gate.relu() @ model.decoder + model.decoder_bias
+    variance = (rows - rows.mean(0)).square().sum()
+    error, auxiliary = (rows - rebuilt).square().sum(), (rows - by_gate).square().sum()
+    expected = (error + 0.3 * gate.relu().sum() + auxiliary) / variance
+    torch.testing.assert_close(found.total, expected)
+    torch.testing.assert_close(found.loss, error / variance)
+    assert torch.equal(found.fired, (latents > 0).any(0))
+    torch.testing.assert_close(model.encode(rows), latents)
+    half = model.objective(rows, torch.zeros(7, dtype=torch.long), 0.05)  # in the warm-up
+    torch.testing.assert_close(found.total - half.total, 0.15 * gate.relu().sum() / variance)
+
+
+def test_the_auxiliary_loss_reaches_the_gate_and_not_the_decoder() -> None:
+    model = GatedAutoencoder(5, 7, 0.0, seed=1)
+    with torch.no_grad():
+        model.magnitude_bias.fill_(-100.0)  # nothing fires: what is left is the auxiliary loss
+    model.objective(torch.randn(9, 5, generator=torch.Generator().manual_seed(0)), torch.zeros(7), 1.0).total.backward()
+    assert model.encoder.grad is not None
+    assert model.encoder.grad.abs().max() > 0
+    assert model.encoder_bias.grad is not None
+    assert model.encoder_bias.grad.abs().max() > 0
+    assert model.decoder.grad is None or model.decoder.grad.abs().max() == 0
+    with pytest.raises(actdb.SettingError, match="sparsity -1: choose 0 or more"):
+        GatedAutoencoder(5, 7, -1, seed=0)

@@ -12,7 +12,7 @@ from actdb.plots.head_grid import heads
 from actdb.plots.logit_lens import lens
 from actdb.plots.neuron import neurons
 from actdb.plots.page import attention_page
-from actdb.plots.picture import save, save_figure, save_page
+from actdb.plots.picture import fill_template, save, save_figure, save_page
 from actdb.plots.style import COLOURS, DIVERGING
 from actdb.plots.token_line import tokens, tokens_page
 
@@ -20,6 +20,7 @@ __all__ = [
     "COLOURS",
     "DIVERGING",
     "attention_page",
+    "fill_template",
     "heads",
     "lens",
     "neurons",

@@ -55,13 +55,17 @@ def save_page(page: str, path: Path) -> None:
 
 
 def fill_page(name: str, title: str, data: Mapping[str, Any]) -> str:
-    """Return a page of this package with a title and data filled in; it refers to nothing outside itself.
+    """Return a page of this package with a title and data filled in; it refers to nothing outside itself."""
+    return fill_template(resources.files("actdb.plots").joinpath(name).read_text(encoding="utf-8"), title, data)
+
+
+def fill_template(template: str, title: str, data: Mapping[str, Any]) -> str:
+    """Return a page's text with `{{title}}` and, once, `{{data}}` filled in.
 
     The data is JSON in a script element that is not run, with `<` escaped: no text can close it.
     """
     from html import escape
 
-    template = resources.files("actdb.plots").joinpath(name).read_text(encoding="utf-8")
     content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     head, _, tail = template.partition("{{data}}")
     return head.replace("{{title}}", escape(title)) + content + tail.replace("{{title}}", escape(title))

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from scipy import stats
 
-from analyses.common.autoencoder import SparseAutoencoder
+from analyses.common.autoencoder import Autoencoder
 
 LEAST_WORDS, MOST_SHARE = 3, 0.5
 N_TOP = 8
@@ -34,7 +34,7 @@ class FeatureComparison:
     correlation_p: float
 
 
-def encode_tokens(model: SparseAutoencoder, rows: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def encode_tokens(model: Autoencoder, rows: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """Return latents [token, latent] of stored rows [token, d_in]."""
     with torch.inference_mode():
         return np.asarray(model.encode(torch.from_numpy(np.asarray(rows, np.float32))).numpy())
