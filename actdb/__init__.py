@@ -6,6 +6,7 @@ arrays. Importing this package imports neither torch nor zarr nor duckdb; each i
 
 from typing import TYPE_CHECKING
 
+from actdb.catalog import QueryResult
 from actdb.database import Database, open
 from actdb.errors import (
     ActdbError,
@@ -26,6 +27,7 @@ from actdb.errors import (
 )
 from actdb.interchange import import_activations
 from actdb.making import harvest, hooked, load_model, save_model
+from actdb.neighbors.result import Nearest, Neighbors
 from actdb.run import Run
 from actdb.selection.streams import Block
 from actdb.selection.view import Selection
@@ -39,8 +41,11 @@ __all__ = [
     "Database",
     "DatabaseError",
     "ModelError",
+    "Nearest",
+    "Neighbors",
     "OverflowingError",
     "PromptError",
+    "QueryResult",
     "Run",
     "RunError",
     "Selection",

@@ -16,7 +16,6 @@ import pandas as pd
 from scipy import stats
 
 import actdb
-from actdb.neighbors.result import Nearest
 from analyses.common.significance import Estimate, mean_interval
 from analyses.subspace_partition.partition import Partition
 
@@ -39,7 +38,7 @@ class Place:
     partition: str
     subspace: int
 
-    def nearest(self, db: actdb.Database, *, prompt: int, pos: int, k: int = 10, **options: Any) -> Nearest:
+    def nearest(self, db: actdb.Database, *, prompt: int, pos: int, k: int = 10, **options: Any) -> actdb.Nearest:
         """Return the preimage of a stored row: the `k` rows nearest to it in the subspace, with prompts in context.
 
         By cosine, in an index where one was made for this subspace. Others of its own prompt are left out: they may
