@@ -27,7 +27,6 @@ from actdb.errors import (
 )
 from actdb.interchange import import_activations
 from actdb.making import harvest, hooked, load_model, save_model
-from actdb.neighbors.result import Nearest, Neighbors
 from actdb.run import Run
 from actdb.selection.streams import Block
 from actdb.selection.view import Selection
@@ -67,12 +66,15 @@ __all__ = [
 
 if TYPE_CHECKING:
     from actdb import plots as plots
+    from actdb.neighbors.result import Nearest, Neighbors
 else:
 
     def __getattr__(name: str) -> object:
-        """Import `actdb.plots` when it is first asked for: `import actdb` stays fast."""
-        if name == "plots":
-            from importlib import import_module
+        """Import `actdb.plots`, and what searches return, when first asked for: `import actdb` stays fast."""
+        from importlib import import_module
 
+        if name == "plots":
             return import_module("actdb.plots")
+        if name in ("Nearest", "Neighbors"):
+            return getattr(import_module("actdb.neighbors.result"), name)
         raise AttributeError(f"module 'actdb' has no attribute {name!r}")

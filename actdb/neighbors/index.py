@@ -97,10 +97,11 @@ class IndexRecord:
 
 def index_name(rows: Rows) -> str:
     """Return the folder of the index of such a comparison: one for each, and for each name of a partition."""
-    key = rows.key
-    if "partition" in key["map"]:  # its content may change: an index of another then is stale, not unknown
-        key["map"]["subspace"] = None
-    return f"{INDEXES}/{rows.plane.run.name}/{NEIGHBORS}/{rows.plane.site}-{digest([key, rows.where])[:12]}"
+    mapped = rows.map.key
+    if "partition" in mapped:  # its content may change: an index of another then is stale, not unknown
+        mapped = {**mapped, "subspace": None}
+    key = digest([{**rows.key, "map": mapped}, rows.where])
+    return f"{INDEXES}/{rows.plane.run.name}/{NEIGHBORS}/{rows.plane.site}-{key[:12]}"
 
 
 def rebuild_command(folder: Folder, key: Mapping[str, Any], where: str | None) -> str:

@@ -74,9 +74,9 @@ def make_map(
     if "unembed" in names:
         factor = _unembedding_factor(run, width, basis)
         matrix = np.asarray(factor if basis is None else basis.astype(np.float64) @ factor, np.float32)
-    named = {} if partition is None else {"partition": partition, "columns": columns and list(columns)}
+    range_text = "" if columns is None else f"{columns[0]}:{columns[1]}"
     key = {
-        **named,
+        **({} if partition is None else {"partition": partition, "columns": range_text}),
         "maps": sorted(names),
         "weights": run.info.plan.get("weights_sha256") if names else None,
         "subspace": None if basis is None else hashlib.sha256(basis.tobytes()).hexdigest(),
@@ -87,7 +87,7 @@ def make_map(
 def map_label(key: Mapping[str, Any]) -> str:
     """Return a short text for the key of a map, empty for none: final_norm, ndm 0:32; subspace 1a2b3c4d of no name."""
     if "partition" in key:
-        subspace = [" ".join([key["partition"], *_range(key)])]
+        subspace = [f"{key['partition']} {key['columns']}".rstrip()]
     else:
         subspace = [f"subspace {key['subspace'][:8]}"] if key["subspace"] else []
     return ", ".join([*key["maps"], *subspace])
@@ -97,13 +97,8 @@ def subspace_options(key: Mapping[str, Any]) -> list[str]:
     """Return the options of `actdb index` that choose the subspace of a map's key; NAME where it has no name."""
     if not key["subspace"]:
         return []
-    options = [f"--partition {key.get('partition', 'NAME')}"]
-    return options + [f"--subspace {columns}" for columns in _range(key)]
-
-
-def _range(key: Mapping[str, Any]) -> list[str]:
-    """Return the range of columns as an option writes it, or nothing where all are meant."""
-    return [":".join(map(str, key["columns"]))] if key.get("columns") else []
+    partition, columns = key.get("partition", "NAME"), key.get("columns")
+    return [f"--partition {partition}", *([f"--subspace {columns}"] if columns else [])]
 
 
 def check_rotation(rotation: npt.ArrayLike) -> Floats:
