@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,13 @@ from benchmarks.harness import Goal, Table, missing, note, peers, take_turns
 from benchmarks.memory import resident_mb
 
 SCALE: dict[str, tuple[tuple[int, ...], int, int]] = {  # rows 768 wide, rows of the graph, queries
-    "full": ((10_000, 100_000, 1_000_000), 100_000, 2_000),
+    "full": ((10_000, 100_000), 100_000, 2_000),
     "quick": ((10_000, 50_000), 10_000, 1_000),
     "tiny": ((600,), 600, 20),
 }
 TRAINED = {"full": 100_000, "quick": 10_000, "tiny": 300}
 PEERS = ("faiss", "sklearn")
 SHORT = "rows are decoded in each search, and the first block's selection is paid in full: it tells where rows are few"
-ONCE = "a single turn each: the machine's speed varies by a quarter from minute to minute"
-FEW = 100_000
-"""Rows above which only FAISS is measured beside: the others take minutes."""
 WIDTH, INNER, TOKENS, K, SAMPLE = 768, 32, 100, 10, 8192
 TORCH_QUERIES = 256
 Floats = npt.NDArray[np.float32]
@@ -53,10 +50,10 @@ def run(size: str, folder: Path) -> Table:
     rows: list[tuple[Any, ...]] = []
     goals: list[Goal] = []
     for name, opened in places:
-        speeds = time_queries(opened, n_queries, rounds=1 if len(opened) > FEW else 3)
+        speeds = time_queries(opened, n_queries, beside=("torch", *PEERS))
         what = f"{len(opened):,} rows, {name}"
         rows += [(what, way, f"{speed:,.0f} queries/s", speed) for way, speed in speeds.items()]
-        why = SHORT if len(opened) < FEW else ONCE
+        why = SHORT if len(opened) < n_graph else ""
         for peer, bound in (("faiss flat", 0.9), ("torch cdist + topk", 1.5)):
             if peer in speeds and size != "tiny":
                 goals.append(Goal(f"exact search of {what} ÷ {peer}", speeds["actdb"] / speeds[peer], bound, why=why))
@@ -71,23 +68,23 @@ def run(size: str, folder: Path) -> Table:
     return Table("Exact neighbours", note(__doc__) + missing(*PEERS), header, rows, goals, "rows/s")
 
 
-def time_queries(rows: Rows, n_queries: int, *, rounds: int) -> dict[str, float]:
-    """Return queries a second of each way, after all gave the same distances."""
+def time_queries(rows: Rows, n_queries: int, *, beside: Sequence[str]) -> dict[str, float]:
+    """Return queries a second of actdb and of libraries beside it, after all gave the same distances."""
     chosen = np.sort(np.random.default_rng(1).choice(len(rows), min(n_queries, len(rows) // 2), replace=False))
     queries, values = rows.take(chosen), rows.read(0, len(rows))
     ways: dict[str, Callable[[], Floats]] = {"actdb": partial(search, rows, queries)}
-    found = peers(*PEERS)
+    found = peers(*beside)
     if "faiss" in found:
         ways["faiss flat"] = partial(faiss_search, faiss_index(values), queries)
-    if len(rows) <= FEW:
+    if "torch" in found:
         ways["torch cdist + topk"] = partial(torch_search, values, queries)
-        if "sklearn" in found:
-            ways["scikit-learn brute"] = partial(sklearn_search, values, queries)
+    if "sklearn" in found:
+        ways["scikit-learn brute"] = partial(sklearn_search, values, queries)
     truth = np.sqrt(((queries[0].astype(np.float64) - values.astype(np.float64)) ** 2).sum(1))
     for name, way in ways.items():
         found_distances = way()[0]  # the first is the query itself, at a distance that is all rounding
         assert np.allclose(found_distances[1:], np.sort(truth)[1:K], rtol=1e-3), name
-    return {name: len(queries) / seconds for name, seconds in take_turns(ways, rounds=rounds).items()}
+    return {name: len(queries) / seconds for name, seconds in take_turns(ways, rounds=3).items()}
 
 
 def measure_graph(rows: Rows, folder: Path, size: str) -> dict[str, tuple[float, float]]:

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 import actdb
 from analyses.modular_arithmetic import comparison, graph, homology, layout, topology
-from analyses.modular_arithmetic.comparison_study import claimed_accuracy, comparison_table, grouped, study_comparison
+from analyses.modular_arithmetic.comparison_study import (
+    claimed_accuracy,
+    comparison_claims,
+    comparison_table,
+    grouped,
+    study_comparison,
+)
 from analyses.modular_arithmetic.comparison_training import MIRRORED, TRAINED, UNSEEN, plan, split_pairs
 from analyses.modular_arithmetic.model import build
 from analyses.modular_arithmetic.progress import read_predictions
@@ -395,6 +401,20 @@ def test_seeds_stand_together_in_the_table() -> None:
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[:7] == ["pooled", "7", "95% (90%–100%)", "100%", "75%", "50%", "100, 200"]
     assert (claimed_accuracy("one-layer", 7), claimed_accuracy("hybrid", 31)) == (None, None)
+
+
+def test_seeds_that_agree_on_few_pairs_say_little() -> None:
+    shape = topology.measure(held(circles(7, (2,))), n_null=9, seed=0)
+    entries = [
+        comparison.Entry("pooled", 7, seed, 1.0, 1.0, 0.5, 0.0, 4, 8, (100, 200), (2,), 1.0, 0.5, shape)
+        for seed in range(3)
+    ]
+    claims = {claim.key.split(".")[-1]: claim for claim in comparison_claims(entries, seed=0)}
+    unseen, mirrored = claims["unseen"], claims["mirrored"]
+    assert (unseen.value, unseen.low, unseen.n) == (0.0, 0.0, 3)
+    assert unseen.high == pytest.approx(0.1380, abs=1e-4)  # Wilson's bound of 0 of 24
+    assert (mirrored.low, mirrored.high) == pytest.approx((0.2538, 0.7462), abs=1e-4)  # 6 of 12
+    assert claims["all_pairs"].high == 1.0
 
 
 def test_an_unknown_architecture_is_refused() -> None:

@@ -4,6 +4,8 @@ import numpy as np
 import numpy.typing as npt
 
 GROUPS = 8
+FOLDED = 64
+"""Vectors at once whose products are folded to groups: few enough to stay in the cache."""
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
@@ -19,6 +21,7 @@ class Best:
         self._products = np.full((n, k), -np.inf, np.float32)
         self._numbers = np.full((n, k), -1, np.int64)
         self._floor = np.full(n, -np.inf, np.float32)
+        self._passed = np.empty(0, np.bool_)
 
     def offer(self, begin: int, products: Floats, first: int, *, axis: int) -> None:
         """Take the products of a block.
@@ -30,7 +33,10 @@ class Best:
         floor = self._floor[begin : begin + n]
         if (floor == -np.inf).any():
             floor = np.maximum(floor, _lower_bound(products, k, axis))
-        places = np.flatnonzero(products > (floor[:, None] if axis == 1 else floor))
+        if len(self._passed) < products.size:
+            self._passed = np.empty(products.size, np.bool_)  # kept: fresh memory would take three times as long
+        passed = self._passed[: products.size].reshape(products.shape)
+        places = np.flatnonzero(np.greater(products, floor[:, None] if axis == 1 else floor, out=passed))
         if len(places) == 0:
             return
         rows, columns = np.divmod(places, products.shape[1])
@@ -67,13 +73,13 @@ def _lower_bound(products: Floats, k: int, axis: int) -> Floats:
 
     That is just below the k-th largest of the maxima of disjoint groups, since each maximum is one of the products.
     """
-    n_groups = GROUPS * k
-    size = products.shape[axis] // n_groups
-    if size < 2:
-        return np.full(products.shape[1 - axis], -np.inf, np.float32)
-    if axis == 1:
-        maxima = products[:, : size * n_groups].reshape(-1, size, n_groups).max(axis=1)  # [vector, group]
-    else:
-        maxima = products[: size * n_groups].reshape(size, n_groups, -1).max(axis=0).T
-    kth = np.partition(maxima, n_groups - k, axis=1)[:, n_groups - k]
+    vectors, least = products if axis == 1 else products.T, GROUPS * k
+    kth = np.full(len(vectors), -np.inf, np.float32)
+    if vectors.shape[1] < 2 * least:
+        return kth
+    for begin in range(0, len(vectors), FOLDED):
+        maxima = vectors[begin : begin + FOLDED]  # [vector, group], of one row each at first
+        while (half := maxima.shape[1] // 2) >= least:
+            maxima = np.maximum(maxima[:, :half], maxima[:, half : 2 * half])
+        kth[begin : begin + FOLDED] = np.partition(maxima, -k, axis=1)[:, -k]
     return np.nextafter(kth, np.float32(-np.inf))

@@ -121,17 +121,21 @@ def comparison_table(groups: Groups) -> str:
 
 
 def _accuracy(values: Sequence[float], n_pairs: int) -> Estimate:
-    """The mean over seeds, or of a single one the share of its pairs."""
-    if len(values) > 1:
-        return mean_interval(values, within=SHARE)
-    return proportion_interval(round(values[0] * n_pairs), n_pairs)
+    """The mean over seeds; its interval holds that of their pairs too: seeds that agree on four pairs say little."""
+    pairs = proportion_interval(round(sum(values) * n_pairs), len(values) * n_pairs)
+    if len(values) == 1:
+        return pairs
+    seeds = mean_interval(values, within=SHARE)
+    return replace(seeds, low=min(seeds.low, pairs.low), high=max(seeds.high, pairs.high))
 
 
 def _structure_claim(key: str, name: str, group: Sequence[Entry], *, seed: int) -> Claim:
     measured, null = np.array([structure(entry, name) for entry in group]).T
     title, chance = STRUCTURE[name]
     about = f"embedding: {title}; null: {chance}; n seeds"
-    found = claim(f"{key}.{name}", mean_interval(measured), seed=seed, null=float(null.mean()), about=about)
+    found = claim(
+        f"{key}.{name}", mean_interval(measured, within=SHARE), seed=seed, null=float(null.mean()), about=about
+    )
     return found.judged() if len(group) > 1 else replace(found, verdict="one seed, not judged")
 
 

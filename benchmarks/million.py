@@ -1,0 +1,46 @@
+"""A million rows 768 wide: exact search reading the store against FAISS in memory, and actdb's indexes against exact.
+
+Rows are made up, near a plane of 32 dimensions; queries are rows of their own, asked all at once; k is 10, by l2. An
+index searches as narrowly as recall 0.95 allows, and is streamed from the store; its MB are those of its file. It runs
+where it is named only: a graph of so many rows takes longer to build than all other benchmarks together.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import Goal, Table, missing, note, peers
+from benchmarks.indexes import RECALL, exact_search, own
+from benchmarks.neighbors import made_rows, time_queries
+
+SCALE = {"full": (1_000_000, 2_000), "quick": (100_000, 1_000), "tiny": (600, 20)}
+"""Rows, queries."""
+KINDS = ("ivf", "hnsw")
+
+
+def run(size: str, folder: Path) -> Table:
+    """Return queries a second of exact search and of each index, with build time, file and recall."""
+    n_rows, n_queries = SCALE[size]
+    header = ("way", "build s", "MB", "recall@10", "queries/s")
+    if "faiss" not in peers("faiss"):
+        return Table(
+            "A million rows", note(__doc__) + missing("faiss"), header, [("not run: no FAISS", "", "", "", "")] * 3
+        )
+    path = folder / "rows.actdb"
+    rows = made_rows(path, n_rows)
+    speeds = time_queries(rows, n_queries, beside=("faiss",))
+    table: list[tuple[Any, ...]] = [
+        ("actdb, exact", "", "", 1.0, speeds["actdb"]),
+        ("faiss flat, in memory", "", "", 1.0, speeds["faiss flat"]),
+    ]
+    chosen = np.sort(np.random.default_rng(2).choice(n_rows, min(n_queries, n_rows // 2), replace=False))
+    queries = rows.take(chosen)
+    truth = exact_search(rows, queries)
+    table += [(f"actdb, {kind}", *own(path, rows, kind, queries, truth)) for kind in KINDS]
+    goals = [Goal(f"exact search of {n_rows:,} rows ÷ faiss flat", speeds["actdb"] / speeds["faiss flat"], 0.9)]
+    reached = [row[-1] for row in table[2:] if row[3] >= RECALL]
+    if reached:
+        name = f"index of {n_rows:,} rows at recall {RECALL} ÷ exact search"
+        goals.append(Goal(name, max(reached) / speeds["actdb"], 20))
+    return Table("A million rows", note(__doc__), header, table, goals, "queries/s")
