@@ -3,6 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
+from actdb.scratch import Scratch
+
 GROUPS = 8
 FOLDED = 64
 """Vectors at once whose products are folded to groups: few enough to stay in the cache."""
@@ -21,7 +23,7 @@ class Best:
         self._products = np.full((n, k), -np.inf, np.float32)
         self._numbers = np.full((n, k), -1, np.int64)
         self._floor = np.full(n, -np.inf, np.float32)
-        self._passed = np.empty(0, np.bool_)
+        self._scratch = Scratch()
 
     def offer(self, begin: int, products: Floats, first: int, *, axis: int) -> None:
         """Take the products of a block.
@@ -33,9 +35,7 @@ class Best:
         floor = self._floor[begin : begin + n]
         if (floor == -np.inf).any():
             floor = np.maximum(floor, _lower_bound(products, k, axis))
-        if len(self._passed) < products.size:
-            self._passed = np.empty(products.size, np.bool_)  # kept: fresh memory would take three times as long
-        passed = self._passed[: products.size].reshape(products.shape)
+        passed = self._scratch.array(products.shape, np.bool_)
         places = np.flatnonzero(np.greater(products, floor[:, None] if axis == 1 else floor, out=passed))
         if len(places) == 0:
             return

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from actdb.errors import SettingError
 from actdb.neighbors.best import Best
+from actdb.scratch import Scratch
 
 GPU_FILES = ("nvidia[0-9]*", "kfd", "dxg")
 """Device files of NVIDIA and AMD GPUs and of those that Windows lends: without one, torch need not be asked."""
@@ -32,18 +33,16 @@ class Processor:
     name = "cpu"
 
     def __init__(self) -> None:
-        self._products = np.empty(0, np.float32)
+        self._scratch = Scratch()
 
     def send(self, array: Floats) -> Any:
         """Return an array where products are computed."""
         return array
 
     def product(self, left: Any, right: Any) -> Any:
-        """Return left · rightᵀ [row, row], valid until the next product: fresh memory would cost a tenth more."""
-        n = len(left) * len(right)
-        if len(self._products) < n:
-            self._products = np.empty(n, np.float32)
-        return np.matmul(left, right.T, out=self._products[:n].reshape(len(left), len(right)))
+        """Return left · rightᵀ [row, row], valid until the next product."""
+        out = self._scratch.array((len(left), len(right)), np.float32)
+        return np.matmul(left, right.T, out=out)
 
     def hide(self, products: Any, rows: Ints, columns: Ints) -> None:
         """Make products −∞, which is never kept."""

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actdb.errors import SelectionError
+from actdb.scratch import Scratch
 from actdb.selection.plan import ChunkRead, plan_reads, split_reads
 from actdb.selection.reader import Feature, SiteReader
 
@@ -57,8 +58,13 @@ class Stream:
         """Plan all rows, in storage order."""
         return plan_reads(self.reader.spec, self.starts, self.counts) if len(self.starts) else []
 
-    def load(self, reads: Sequence[ChunkRead], n_rows: int, rest: Block | None = None) -> Block:
-        """Read some chunks into a block, after the rows of `rest`; rows come chunk by chunk."""
+    def load(
+        self, reads: Sequence[ChunkRead], n_rows: int, rest: Block | None = None, scratch: Scratch | None = None
+    ) -> Block:
+        """Read some chunks into a block, after the rows of `rest`; rows come chunk by chunk.
+
+        The block lies in `scratch`, if given: it is valid until the next one.
+        """
         packed, origin, offset, kept = [], [], 0, 0 if rest is None else len(rest)
         for read in reads:
             ends = np.cumsum(read.counts) + offset
@@ -69,7 +75,8 @@ class Stream:
             offset = int(ends[-1])
         rows = np.concatenate(origin)
         feature = self.reader._feature_shape(self.feature)
-        values = np.empty((len(self.planes), kept + n_rows, *feature), self.reader.spec.dtype)
+        shape = (len(self.planes), kept + n_rows, *feature)
+        values = (scratch or Scratch()).array(shape, self.reader.spec.dtype)
         self.reader.read_into(values[:, kept:], self.planes, packed, self.feature)
         block = Block(values, self.prompt[rows], None if self.pos is None else self.pos[rows])
         if rest is None:
@@ -113,9 +120,9 @@ def shuffle(stream: Stream, size: int, *, seed: int, epochs: int, worker: tuple[
 def _shuffle_epoch(
     stream: Stream, reads: Sequence[ChunkRead], size: int, buffer_rows: int, generator: np.random.Generator
 ) -> Iterator[Block]:
-    rest: Block | None = None
+    rest, scratch = None, Scratch()
     for group, n_rows in split_reads(reads, buffer_rows):
-        block = stream.load(group, n_rows, rest)
+        block = stream.load(group, n_rows, rest, scratch)
         order = generator.permutation(len(block))
         begin = 0
         while len(block) - begin >= size:
