@@ -113,6 +113,15 @@ class Database:
             raise RunError(damaged or f"no run {name!r} in {self.path}; it holds {', '.join(names) or 'none'}")
         return self._run(name)
 
+    def checkpoints(self, name: str | None = None) -> list[Run]:
+        """Return the runs with a training step that share a run's model and prompts, by step (None: the newest run's).
+
+        Raises `RunError` for an unknown run. Reads the record of every run once.
+        """
+        chosen = self.run(name)
+        alike = [run for run in self.runs() if run.step is not None and _series(run) == _series(chosen)]
+        return sorted(alike, key=lambda run: run.step or 0)
+
     def sql(self, query: str, parameters: Sequence[Any] | Mapping[str, Any] | None = None) -> "catalog.QueryResult":
         """Run one SELECT-type query over the tables; the result has `.df()`, `.arrow()`, `.fetchall()`, `.fetchone()`.
 
@@ -522,6 +531,11 @@ class Database:
     def _drop_files(self, name: str, files: Sequence[str]) -> None:
         for file in files:
             self._folder.path(f"{TABLES}/{name}/{file}").unlink(missing_ok=True)
+
+
+def _series(run: Run) -> tuple[Any, Any]:
+    """Return what checkpoints of one training have in common: model and prompts."""
+    return run.info.model.get("model"), run.info.plan.get("prompt_set")
 
 
 def _no_conditions(run: str, where: str) -> Sequence[int]:

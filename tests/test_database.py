@@ -210,6 +210,19 @@ def test_many_tiny_runs(tmp_path: Path) -> None:
     assert opening_s < 0.2
 
 
+def test_checkpoints_are_the_steps_of_one_model_over_one_prompt_set(tmp_path: Path) -> None:
+    out, module, prompts = tmp_path / "x.actdb", TinyModel(), random_prompts(2)
+    for step in (20, 3, 100):
+        actdb.harvest(module, prompts, out, step=step)
+    actdb.harvest(module, prompts, out, run="whole")
+    actdb.harvest(module, random_prompts(3), out, run="others", step=5)
+    with actdb.open(out) as db:
+        assert [run.step for run in db.checkpoints("whole")] == [3, 20, 100]
+        assert [run.name for run in db.checkpoints()] == ["others"]
+        with pytest.raises(actdb.RunError, match="no run 'none'"):
+            db.checkpoints("none")
+
+
 def test_weights_are_written_once(tmp_path: Path) -> None:
     """A further run over the same weights leaves their files alone."""
     out = tmp_path / "x.actdb"

@@ -28,23 +28,10 @@ def run_existing(options: Options) -> Study:
         found = measure(run)
         claims = [*_selectivity_claims(run, found, seed=options.seed)]
         figures: dict[str, str] = {}
-        steps = checkpoints(db, run)
+        steps = [other.name for other in db.checkpoints(run.name) if "mlp_post" in other]
         if len(steps) > 1:
             claims += _follow(db, steps, options.figures, figures, seed=options.seed)
         return Study(run.name, [entry.judged() for entry in claims], figures=figures)
-
-
-def checkpoints(db: actdb.Database, run: actdb.Run) -> list[str]:
-    """Return the runs of a run's model and prompts that have a step, by step."""
-    same = [
-        other
-        for other in db.runs()
-        if other.step is not None
-        and other.info.model["model"] == run.info.model["model"]
-        and other.info.plan["prompt_set"] == run.info.plan["prompt_set"]
-        and "mlp_post" in other
-    ]
-    return [other.name for other in sorted(same, key=lambda other: other.step or 0)]
 
 
 def _selectivity_claims(run: actdb.Run, found: Selectivity, *, seed: int) -> list[Claim]:

@@ -123,15 +123,7 @@ def stored_models(path: Path, run: str | None) -> list[Model]:
         trained = next((item for item in trainings_of(db) if chosen.name in item.runs), None)
         if trained is not None:
             return [_model(trained, "model")]
-        same = [
-            other
-            for other in db.runs()
-            if other.step is not None
-            and other.info.model["model"] == chosen.info.model["model"]
-            and other.info.plan["prompt_set"] == chosen.info.plan["prompt_set"]
-        ]
-        steps = sorted(same, key=lambda other: other.step or 0)
-        names = tuple(other.name for other in steps) if chosen.step is not None else (chosen.name,)
+        names = (chosen.name,) if chosen.step is None else tuple(other.name for other in db.checkpoints(chosen.name))
         return [Model("model", str(chosen.info.model["model"]), names)]
 
 
