@@ -1,8 +1,8 @@
-"""A million rows 768 wide: exact search reading the store against FAISS in memory, and actdb's indexes against exact.
+"""A million rows 768 wide: exact search reading the store against FAISS in memory, and actdb's graph against exact.
 
 Rows are made up, near a plane of 32 dimensions; queries are rows of their own, asked all at once; k is 10, by l2. An
-index searches as narrowly as recall 0.95 allows, and is streamed from the store; its MB are those of its file. It runs
-where it is named only: a graph of so many rows takes longer to build than all other benchmarks together.
+index is streamed from the store, and searches as narrowly as recall 0.95 allows on these queries; its MB are those of
+its file. It runs where it is named only: a graph of so many rows takes a quarter of an hour to build.
 """
 
 from pathlib import Path
@@ -16,11 +16,10 @@ from benchmarks.neighbors import made_rows, time_queries
 
 SCALE = {"full": (1_000_000, 2_000), "quick": (100_000, 1_000), "tiny": (600, 20)}
 """Rows, queries."""
-KINDS = ("ivf", "hnsw")
 
 
 def run(size: str, folder: Path) -> Table:
-    """Return queries a second of exact search and of each index, with build time, file and recall."""
+    """Return queries a second of exact search and of the graph, with build time, file and recall."""
     n_rows, n_queries = SCALE[size]
     header = ("way", "build s", "MB", "recall@10", "queries/s")
     if "faiss" not in peers("faiss"):
@@ -37,10 +36,11 @@ def run(size: str, folder: Path) -> Table:
     chosen = np.sort(np.random.default_rng(2).choice(n_rows, min(n_queries, n_rows // 2), replace=False))
     queries = rows.take(chosen)
     truth = exact_search(rows, queries)
-    table += [(f"actdb, {kind}", *own(path, rows, kind, queries, truth)) for kind in KINDS]
+    graph = own(path, rows, "hnsw", queries, truth)
+    table.append(("actdb, hnsw", *graph))
     goals = [Goal(f"exact search of {n_rows:,} rows ÷ faiss flat", speeds["actdb"] / speeds["faiss flat"], 0.9)]
-    reached = [row[-1] for row in table[2:] if row[3] >= RECALL]
-    if reached:
-        name = f"index of {n_rows:,} rows at recall {RECALL} ÷ exact search"
-        goals.append(Goal(name, max(reached) / speeds["actdb"], 20))
+    if graph[2] >= RECALL:
+        goals.append(
+            Goal(f"graph of {n_rows:,} rows at recall {RECALL} ÷ exact search", graph[3] / speeds["actdb"], 20)
+        )
     return Table("A million rows", note(__doc__), header, table, goals, "queries/s")
