@@ -165,8 +165,6 @@ def _bridge_weights(folder: Path) -> State:
     model = actdb.load_model(folder)
     if model.cfg.act_fn != "relu":
         raise actdb.ModelError(f"{folder}: its neurons are {model.cfg.act_fn}; this analysis has ReLUs")
-    if model.cfg.act_fn != "relu":
-        raise actdb.ModelError(f"{folder}: its neurons are {model.cfg.act_fn}; this analysis has ReLUs")
     return {name: tensor.detach() for name, tensor in model.tl_named_parameters()}
 
 
