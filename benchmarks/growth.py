@@ -22,7 +22,7 @@ from actdb.harvesting.sites import forward
 from benchmarks.harness import Goal, Table, note, take_turns
 from benchmarks.harvest import SHARED
 
-PROMPTS = {"full": (256, 2560, 25_600), "quick": (128, 1280), "tiny": (4, 8)}
+PROMPTS = {"full": (128, 1280, 12_800), "quick": (128, 1280), "tiny": (4, 8)}
 CONTEXTS = {"full": (64, 128, 256, 512, 1024), "quick": (64, 512), "tiny": (8, 16)}
 TOKENS = 2048
 
@@ -77,7 +77,7 @@ def over_contexts(size: str, folder: Path) -> list[tuple[Any, ...]]:
                 forward(model, ids, torch.ones_like(ids), unembed=False)
 
         ways = {"actdb": partial(run_harvest, planned, out), "bare": bare}
-        medians = take_turns(ways, rounds=1 if size == "tiny" else 2, before=clear)
+        medians = take_turns(ways, rounds=1, before=clear)
         n_tokens, ratio = 2 * ids.numel(), medians["bare"] / medians["actdb"]
         rows.append(("context", context, n_tokens / medians["actdb"], ratio, size_bytes / n_tokens, peak_mb()))
         shutil.rmtree(out)

@@ -27,7 +27,7 @@ from benchmarks.harness import Goal, Table, missing, note, peers, take_turns
 
 BATCH, TOKENS = 16, 128
 SITES = ("resid_post", "z", "pattern", "mlp_post")
-SCALE = {"full": (6, 3), "quick": (2, 2), "tiny": (1, 1)}  # batches of actdb and the forward pass, rounds
+SCALE = {"full": (4, 3), "quick": (2, 2), "tiny": (1, 1)}  # batches of actdb and the forward pass, rounds
 SAELENS = (
     " SAELens 6.51 cannot take part: it imports transformer_lens.HookedTransformer, which transformer-lens 4 removed."
 )

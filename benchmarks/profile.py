@@ -20,7 +20,7 @@ from actdb.harvesting.sites import forward
 from benchmarks.harness import Table, note, take_turns
 from benchmarks.harvest import SITES, make_inputs, make_model
 
-SCALE = {"full": (4, 3), "quick": (2, 1), "tiny": (1, 1)}  # batches, rounds
+SCALE = {"full": (3, 2), "quick": (2, 1), "tiny": (1, 1)}  # batches, rounds
 PIPELINE = "actdb.harvesting.pipeline"
 
 

@@ -1,8 +1,6 @@
 """Every benchmark runs in its tiny size: the equality that each asserts before timing holds."""
 
-import ctypes
 import importlib
-import mmap
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +10,7 @@ import pytest
 
 from benchmarks import __main__ as command
 from benchmarks.harness import Goal, Table, evict, machine
+from tests.residency import need_eviction, resident_share
 
 
 @pytest.mark.filterwarnings("default")  # peers warn of much
@@ -47,28 +46,17 @@ def test_a_claim_that_fails_does_not_stop_the_others(monkeypatch: pytest.MonkeyP
     assert command.start_claim("startup", "tiny") is None
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the page cache is asked as Linux has it")
+@pytest.mark.skipif(sys.platform != "linux", reason="what is mapped is read from /proc")
 def test_files_that_are_mapped_leave_the_page_cache_too(tmp_path: Path) -> None:
-    for name in ("mapped", "other", "closed"):
+    need_eviction(tmp_path)
+    for name in ("mapped", "other"):
         (tmp_path / name).mkdir()
         np.save(tmp_path / name / "x.npy", np.ones(2**20))
-    evict(tmp_path / "closed")
-    if resident_share(np.load(tmp_path / "closed" / "x.npy", mmap_mode="r")) > 0.5:
-        pytest.skip("this file system keeps its files in memory")
     held = [np.load(tmp_path / name / "x.npy", mmap_mode="r") for name in ("mapped", "other")]
     assert [array.sum() for array in held] == [2**20, 2**20]
     evict(tmp_path / "mapped")
     assert [resident_share(array) > 0.5 for array in held] == [False, True]
     assert held[0].sum() == 2**20
-
-
-def resident_share(array: np.memmap) -> float:
-    """Return the share of a map's pages that are in the page cache."""
-    begin = array.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
-    n_bytes = array.ctypes.data + array.nbytes - begin
-    found = (ctypes.c_ubyte * -(-n_bytes // mmap.PAGESIZE))()
-    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(begin), ctypes.c_size_t(n_bytes), found) == 0
-    return float(np.bitwise_and(np.frombuffer(found, np.uint8), 1).mean())
 
 
 def test_the_machine_is_described() -> None:

@@ -34,6 +34,9 @@ from actdb.schema import FileRecord, SiteSpec, seal
 from actdb.storage import arrays, codecs, commits, verify
 from actdb.storage.folder import Folder
 from actdb.storage.shards import ShardReader, ShardWriter, index_bytes
+from benchmarks import data
+from benchmarks.harness import evict
+from tests.residency import need_eviction, resident_share
 
 PROMPTS = random_prompts(14)
 
@@ -129,6 +132,21 @@ def test_blocks_may_end_anywhere(
             out = np.ones((length, 3), np.float16)
             reader.read(plane * n_chunks + chunk, out)
             assert np.array_equal(out, padded[chunk * length :][:length])
+
+
+def test_a_slice_that_is_not_in_memory_reads_little_more_than_its_rows(tmp_path: Path) -> None:
+    """Left to itself, the first touch of a mapped page may read megabytes around it."""
+    need_eviction(tmp_path)
+    values = np.random.default_rng(0).standard_normal((1, 16_000, 1024), np.float32).astype(np.float16)
+    data.write_run(tmp_path / "x.actdb", {"resid_post": values}, np.full(160, 100), "raw")
+    with actdb.open(tmp_path / "x.actdb") as db:
+        site = db.run()["resid_post"]
+        view = site.sel(layer=0, prompt=80).numpy()  # its chunks are verified and mapped from now on
+        evict(tmp_path / "x.actdb")
+        assert np.array_equal(site.sel(layer=0, prompt=80).numpy(), values[0, 8000:8100])
+        shard = next(iter(site._source.reader._shards.values()))
+        assert 0 < resident_share(shard._mapped) < 0.1
+        assert np.array_equal(view, values[0, 8000:8100])
 
 
 @pytest.mark.parametrize("codec", ["lz4", "raw"])

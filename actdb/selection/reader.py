@@ -93,10 +93,9 @@ class SiteReader:
         row_chunk, source = divmod(within, self._chunk_rows)
         shard = self._shards.get(part) or self._shard(part)
         while count > 0:
-            view = shard.view(plane * self._chunks_a_plane + row_chunk)
             take = min(count, self._chunk_rows - source)
             self.n_reads += 1
-            yield None if view is None else view[source : source + take]
+            yield shard.rows(plane * self._chunks_a_plane + row_chunk, source, take)
             row_chunk, source, count = row_chunk + 1, 0, count - take
 
     def read(
@@ -194,11 +193,11 @@ class SiteReader:
     def _view(self, plane: int, read: ChunkRead, feature: Feature) -> npt.NDArray[np.generic] | None:
         if len(read.counts) != 1:
             return None
-        view = self._shard(read.part).view(plane * self._chunks_a_plane + read.row_chunk)
-        if view is None:
+        chunk = plane * self._chunks_a_plane + read.row_chunk
+        rows = self._shard(read.part).rows(chunk, read.sources[0], read.counts[0])
+        if rows is None:
             return None
         self.n_reads += 1
-        rows = view[read.sources[0] : read.sources[0] + read.counts[0]]
         return (rows if feature is None else rows[..., feature])[None]
 
     def _scratch(self) -> npt.NDArray[np.generic]:

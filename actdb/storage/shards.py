@@ -130,6 +130,7 @@ class ShardReader:
         self.path = path
         self._spec = spec
         self._chunk_bytes = prod(spec.chunk_shape) * np.dtype(spec.dtype).itemsize
+        self._row_bytes = self._chunk_bytes // spec.chunk_shape[spec.axis]
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError as exc:
@@ -144,6 +145,7 @@ class ShardReader:
         self._size = status.st_size
         self._index = self._read_index()
         self._views: dict[int, npt.NDArray[np.generic]] = {}
+        self._begins: dict[int, int] = {}  # of the chunks in `_views`
         self._verified: set[int] = set()
 
     def __del__(self) -> None:
@@ -184,6 +186,20 @@ class ShardReader:
             view = self._map_chunk(chunk)
         return view
 
+    def rows(self, chunk: int, source: int, count: int) -> npt.NDArray[np.generic] | None:
+        """Return rows of a raw chunk as `view` does, and have the system read their pages by one request.
+
+        Where they are not in memory, the first touch of each would otherwise read megabytes around it: 6 ms instead of
+        0.1 ms. Where they are, it costs a microsecond.
+        """
+        view = self.view(chunk)
+        if view is None:
+            return None
+        begin = self._begins[chunk] + source * self._row_bytes
+        first = begin - begin % mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_WILLNEED, first, begin + count * self._row_bytes - first)
+        return view[source : source + count]
+
     def copy(self, chunk: int, source: int, out: npt.NDArray[np.generic]) -> None:
         """Copy rows of a raw chunk, from `source` on, into a C-contiguous array [row, …]; zeros of an absent chunk.
 
@@ -198,7 +214,7 @@ class ShardReader:
         whole = len(payload) == self._chunk_bytes == size - codecs.CRC_BYTES
         if not whole and chunk not in self._verified:
             self.view(chunk)
-        start = offset + source * (self._chunk_bytes // self._spec.chunk_shape[self._spec.axis])
+        start = offset + source * self._row_bytes
         try:
             n_read = os.preadv(self._descriptor, (payload, crc) if whole else (payload,), start)
         except OSError as exc:
@@ -248,13 +264,18 @@ class ShardReader:
             raise self._damage(f"chunk {chunk} has {size - codecs.CRC_BYTES} bytes instead of {self._chunk_bytes}")
         payload = self._mapped[offset : offset + self._chunk_bytes]
         view = payload.view(self._spec.dtype).reshape(self._spec.chunk_shape[self._spec.axis :])
+        self._begins[chunk] = offset
         self._views[chunk] = view
         return view
 
     @cached_property
-    def _mapped(self) -> npt.NDArray[np.uint8]:
+    def _map(self) -> mmap.mmap:
         """The whole file, mapped when it is first wanted."""
-        return np.frombuffer(mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
+        return mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
+
+    @cached_property
+    def _mapped(self) -> npt.NDArray[np.uint8]:
+        return np.frombuffer(self._map, np.uint8)
 
     def _extent(self, chunk: int) -> tuple[int, int]:
         """Return a chunk's offset and size, (0, 0) where it is absent."""
