@@ -12,10 +12,11 @@ import numpy as np
 
 from benchmarks.harness import Goal, Table, missing, note, peers
 from benchmarks.indexes import RECALL, exact_search, own
-from benchmarks.neighbors import made_rows, time_queries
+from benchmarks.neighbors import DECODED, made_rows, time_queries
 
 SCALE = {"full": (1_000_000, 2_000), "quick": (100_000, 1_000), "tiny": (600, 20)}
 """Rows, queries."""
+WAITS = "all queries at once are one product a block, near what the cores can do; a graph waits for memory at every row"
 
 
 def run(size: str, folder: Path) -> Table:
@@ -38,9 +39,13 @@ def run(size: str, folder: Path) -> Table:
     truth = exact_search(rows, queries)
     graph = own(path, rows, "hnsw", queries, truth)
     table.append(("actdb, hnsw", *graph))
-    goals = [Goal(f"exact search of {n_rows:,} rows ÷ faiss flat", speeds["actdb"] / speeds["faiss flat"], 0.9)]
+    goals = [
+        Goal(f"exact search of {n_rows:,} rows ÷ faiss flat", speeds["actdb"] / speeds["faiss flat"], 0.9, why=DECODED)
+    ]
     if graph[2] >= RECALL:
         goals.append(
-            Goal(f"graph of {n_rows:,} rows at recall {RECALL} ÷ exact search", graph[3] / speeds["actdb"], 20)
+            Goal(
+                f"graph of {n_rows:,} rows at recall {RECALL} ÷ exact search", graph[3] / speeds["actdb"], 20, why=WAITS
+            )
         )
     return Table("A million rows", note(__doc__), header, table, goals, "queries/s")
