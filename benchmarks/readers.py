@@ -46,8 +46,8 @@ def readers(folder: Path, site: str, lengths: npt.NDArray[np.int64], codec: str)
     def read_actdb(layer: int, head: int | None, rows: slice) -> npt.NDArray[np.float16]:
         if rows == slice(None):
             return np.asarray(selection.sel(layer=layer, head=head).numpy())
-        # a copy: what is uncompressed may come as a view of the mapped file, not read yet
-        return np.array(selection.sel(layer=layer, head=head, prompt=prompts[rows.start]).numpy())
+        values = np.asarray(selection.sel(layer=layer, head=head, prompt=prompts[rows.start]).numpy())
+        return values if values.flags.owndata else values.copy()  # a view of the mapped file is not read yet
 
     array_path = folder / "x.actdb" / "arrays.zarr" / data.RUN / site
     stock = zarr.open_array(array_path, mode="r")
