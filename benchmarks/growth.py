@@ -23,7 +23,7 @@ from benchmarks.harness import Goal, Table, note, take_turns
 from benchmarks.harvest import SHARED
 
 PROMPTS = {"full": (128, 1280, 12_800), "quick": (128, 1280), "tiny": (4, 8)}
-CONTEXTS = {"full": (64, 128, 256, 512, 1024), "quick": (64, 512), "tiny": (8, 16)}
+CONTEXTS = {"full": (64, 256, 1024), "quick": (64, 512), "tiny": (8, 16)}
 TOKENS = 2048
 
 

@@ -23,7 +23,7 @@ import actdb
 from actdb.neurons.query import Best, distances
 from benchmarks.harness import Goal, Table, note, take_turns
 
-SCALE = {"full": (1_000_000, 3072, 3), "quick": (60_000, 3072, 2), "tiny": (900, 48, 1)}  # rows, neurons, rounds
+SCALE = {"full": (1_000_000, 3072, 2), "quick": (60_000, 3072, 2), "tiny": (900, 48, 1)}  # rows, neurons, rounds
 LENGTH, N_TOKENS, GROUP, K = 128, 20_000, 10, 10
 Values = npt.NDArray[np.float16]
 

@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks import readers
 from benchmarks.harness import Goal, Table, missing, note, take_turns
 
-SCALE = {"full": (800, 7), "quick": (300, 3), "tiny": (12, 1)}  # prompts, rounds
+SCALE = {"full": (800, 5), "quick": (300, 3), "tiny": (12, 1)}  # prompts, rounds
 CHUNKS = "a head is 8 MB, half a millisecond: planning and Python take a share that does not grow with the data"
 SCANNED = 4
 
