@@ -2,7 +2,7 @@
 
 Rows are made up, near a plane of 32 dimensions; queries are rows of their own, asked all at once; k is 10, by l2. An
 index is streamed from the store, and searches as narrowly as recall 0.95 allows on these queries; its MB are those of
-its file. It runs where it is named only: a graph of so many rows takes a quarter of an hour to build.
+its file. It runs where it is named only: a graph of so many rows takes more than ten minutes to build.
 """
 
 from pathlib import Path
