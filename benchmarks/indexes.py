@@ -25,7 +25,7 @@ from actdb.neighbors.exact import Found
 from actdb.neighbors.index import measure, open_index
 from actdb.neighbors.row import Rows
 from benchmarks.harness import Table, missing, note, peers
-from benchmarks.neighbors import TRAINED, Floats, Ints, made_rows, trained_rows
+from benchmarks.neighbors import TRAINED, Floats, Ints, made_rows, take_queries, trained_rows
 
 SCALE = {"full": ((10_000, 100_000), 1_000), "quick": ((20_000,), 500), "tiny": ((600,), 20)}
 """Rows 768 wide, queries."""
@@ -49,8 +49,7 @@ def run(size: str, folder: Path) -> Table:
     table: list[tuple[Any, ...]] = []
     for name, path, rows in places:
         what = f"{len(rows):,} rows, {name}"
-        chosen = np.sort(np.random.default_rng(2).choice(len(rows), min(n_queries, len(rows) // 2), replace=False))
-        queries = rows.take(chosen)
+        queries = take_queries(rows, n_queries, seed=2)
         truth, seconds = timed(partial(exact_search, rows, queries))
         table.append((what, "actdb, exact", 0.0, 0.0, 1.0, len(queries) / seconds))
         table += [(what, f"actdb, {kind}", *own(path, rows, kind, queries, truth)) for kind in KINDS]

@@ -8,11 +8,9 @@ its file. It runs where it is named only: a graph of so many rows takes more tha
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.harness import Goal, Table, missing, note, peers
 from benchmarks.indexes import RECALL, exact_search, own
-from benchmarks.neighbors import DECODED, made_rows, time_queries
+from benchmarks.neighbors import DECODED, made_rows, take_queries, time_queries
 
 SCALE = {"full": (1_000_000, 2_000), "quick": (100_000, 1_000), "tiny": (600, 20)}
 """Rows, queries."""
@@ -34,8 +32,7 @@ def run(size: str, folder: Path) -> Table:
         ("actdb, exact", "", "", 1.0, speeds["actdb"]),
         ("faiss flat, in memory", "", "", 1.0, speeds["faiss flat"]),
     ]
-    chosen = np.sort(np.random.default_rng(2).choice(n_rows, min(n_queries, n_rows // 2), replace=False))
-    queries = rows.take(chosen)
+    queries = take_queries(rows, n_queries, seed=2)
     truth = exact_search(rows, queries)
     graph = own(path, rows, "hnsw", queries, truth)
     table.append(("actdb, hnsw", *graph))

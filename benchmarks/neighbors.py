@@ -71,8 +71,7 @@ def run(size: str, folder: Path) -> Table:
 
 def time_queries(rows: Rows, n_queries: int, *, beside: Sequence[str]) -> dict[str, float]:
     """Return queries a second of actdb and of libraries beside it, after all gave the same distances."""
-    chosen = np.sort(np.random.default_rng(1).choice(len(rows), min(n_queries, len(rows) // 2), replace=False))
-    queries, values = rows.take(chosen), rows.read(0, len(rows))
+    queries, values = take_queries(rows, n_queries, seed=1), rows.read(0, len(rows))
     ways: dict[str, Callable[[], Floats]] = {"actdb": partial(search, rows, queries)}
     found = peers(*beside)
     if "faiss" in found:
@@ -86,6 +85,12 @@ def time_queries(rows: Rows, n_queries: int, *, beside: Sequence[str]) -> dict[s
         found_distances = way()[0]  # the first is the query itself, at a distance that is all rounding
         assert np.allclose(found_distances[1:], np.sort(truth)[1:K], rtol=1e-3), name
     return {name: len(queries) / seconds for name, seconds in take_turns(ways, rounds=3).items()}
+
+
+def take_queries(rows: Rows, n: int, *, seed: int) -> Floats:
+    """Return some of the rows, at most half, in storage order."""
+    chosen = np.random.default_rng(seed).choice(len(rows), min(n, len(rows) // 2), replace=False)
+    return rows.take(np.sort(chosen))
 
 
 def measure_graph(rows: Rows, folder: Path, size: str) -> dict[str, tuple[float, float]]:
